@@ -1,0 +1,569 @@
+"""
+GPT-2 in one file, to be read from top to bottom: a text becomes tokens, tokens become windows to learn from, windows go
+through attention and MLPs and come out as a guess at the next token, and guesses, taken one by one, become a text.
+
+Shapes in comments: B batch, T tokens (time), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+
+    python gpt.py       follows one sentence through the model
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import mmap
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: six numbers are the whole difference between the smallest and the largest GPT-2
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50257
+    context_length: int = 1024  # how far back a token can look
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if min(self.vocab_size, self.context_length, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError(f"sizes must be at least 1: {self}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads of equal size")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+
+
+# Radford et al. 2019, table 2, and the distilled model that Hugging Face published beside them
+GPT2_CONFIGS = {
+    "distilgpt2": GPTConfig(n_layer=6),  # 82M parameters
+    "gpt2": GPTConfig(),  # 124M
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+# Sizes of our own, which two CPU cores train in minutes on a text of their own vocabulary
+SMALL_CONFIGS = {
+    "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.3),  # 4M
+    "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),  # 12M
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: text <-> ids. A vocabulary is the 256 bytes, so that nothing is ever unknown, and then byte strings that
+# occur often, each made by merging two earlier ones; its id is its place in that order.
+
+# How GPT-2 cuts a text before it merges anything: contractions, words, numbers, the rest, each with its leading space.
+# Merges never cross these cuts, so "dog" and "dog!" share a token.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# GPT-2's order of the 256 bytes, printable ones first. In its files a printable byte stands for itself, and each of the
+# other 68 for a character from U+0100 on, so that merges.txt holds no blanks or control characters.
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_ORDER = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
+CHAR_OF_BYTE = {byte: chr(byte if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, byte in enumerate(BYTE_ORDER)}
+BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """
+    Byte-level BPE as GPT-2 has it, run by tiktoken.
+
+    merges: pairs of byte strings, in the order in which they were learned.
+    Ids: the 256 bytes, then one for each merge, then <|endoftext|>.
+    """
+
+    def __init__(self, merges):
+        self.merges = list(merges)
+        self.tokens = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in self.merges]
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError("two merges make the same token")
+        self.eot = len(self.tokens)
+        self.vocab_size = self.eot + 1
+        ranks = {token: i for i, token in enumerate(self.tokens)}
+        self.encoding = tiktoken.Encoding(
+            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot}
+        )
+
+    def encode(self, text):
+        """str -> list of ids. "<|endoftext|>" in a text is plain characters: only `eot` itself ends a document."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Ids -> str. Bytes that are not UTF-8, such as half a character at the end, become U+FFFD."""
+        return self.encoding.decode(ids)
+
+    @classmethod
+    def gpt2(cls):
+        """OpenAI's 50,257 tokens, from data/gpt2-merges.txt; where this file was copied alone, tiktoken fetches them."""
+        path = Path(__file__).with_name("data") / "gpt2-merges.txt"
+        if path.exists():
+            return cls(parse_merges(path.read_text(encoding="utf-8")))
+        from tiktoken.load import read_file_cached
+
+        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+        sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+        return cls(parse_merges(read_file_cached(url, sha256).decode("utf-8")))
+
+    @classmethod
+    def train(cls, text, vocab_size):
+        """
+        Learn a vocabulary from a text: cut it into words, then again and again make the most frequent pair of neighbours
+        one token (Sennrich et al. 2016). It stays below vocab_size where the text has no more pairs that occur twice.
+        """
+        import regex  # comes with tiktoken; Python's own re does not know \p{L}
+
+        if vocab_size < 257:
+            raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
+
+        count_of_word = Counter(regex.findall(SPLIT_PATTERN, text))
+        words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in count_of_word]  # each a list of tokens
+        counts = list(count_of_word.values())
+
+        count_of_pair, words_with = Counter(), defaultdict(set)
+        for i, word in enumerate(words):
+            for pair in zip(word, word[1:]):
+                count_of_pair[pair] += counts[i]
+                words_with[pair].add(i)
+
+        merges = []
+        while len(merges) < vocab_size - 257 and count_of_pair:
+            best = max(count_of_pair, key=lambda pair: (count_of_pair[pair], pair))  # by count, ties by bytes
+            if count_of_pair[best] < 2:
+                break
+            merges.append(best)
+            # Only the words that hold this pair change: take their pairs out of the count, merge, put the new ones in
+            for i in words_with.pop(best):
+                for pair in zip(words[i], words[i][1:]):
+                    count_of_pair[pair] -= counts[i]
+                words[i] = merge_pair(words[i], best)
+                for pair in zip(words[i], words[i][1:]):
+                    count_of_pair[pair] += counts[i]
+                    words_with[pair].add(i)
+            del count_of_pair[best]
+        return cls(merges)
+
+    def vocab(self):
+        """{token: id}, as vocab.json spells them"""
+        return {to_chars(token): i for i, token in enumerate(self.tokens)} | {END_OF_TEXT: self.eot}
+
+    def save(self, folder):
+        """Write merges.txt and vocab.json as Hugging Face's GPT2Tokenizer reads them."""
+        merges = "".join(f"{to_chars(left)} {to_chars(right)}\n" for left, right in self.merges)
+        with complete_file(Path(folder) / "merges.txt") as part:
+            part.write_text("#version: 0.2\n" + merges, encoding="utf-8", newline="\n")
+        with complete_file(Path(folder) / "vocab.json") as part:
+            part.write_text(json.dumps(self.vocab(), ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder):
+        """Read what `save` wrote, or the files of a published GPT-2. Raises ValueError where they do not fit together."""
+        try:
+            tokenizer = cls(parse_merges((Path(folder) / "merges.txt").read_text(encoding="utf-8")))
+            vocab = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{folder}: merges.txt or vocab.json is damaged ({error!r:.100})") from None
+        if vocab != tokenizer.vocab():
+            raise ValueError(f"{folder}: the ids in vocab.json are not those that merges.txt gives")
+        return tokenizer
+
+
+def merge_pair(word, pair):
+    """[t, h, e, t, h], (t, h) -> [th, e, th]"""
+    merged, i = [], 0
+    while i < len(word):
+        if tuple(word[i : i + 2]) == pair:
+            merged.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def to_chars(token):
+    return "".join(CHAR_OF_BYTE[byte] for byte in token)
+
+
+def parse_merges(text):
+    """The lines of a merges.txt -> pairs of byte strings"""
+    lines = text.removeprefix("#version: 0.2\n").split("\n")  # later lines may start with "#": "# #" is a merge
+    return [tuple(bytes(BYTE_OF_CHAR[char] for char in half) for half in line.split(" ")) for line in lines if line]
+
+
+@contextlib.contextmanager
+def complete_file(path):
+    """`with complete_file(path) as part:` write to `part`; it takes the name `path` when the block has ended well."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: a long row of token ids becomes windows, and the target of every token is the token after it
+
+
+class TokenDataset(Dataset):
+    """
+    Windows of context_length tokens, `stride` apart, each with its targets: ([t0 .. tn-1], [t1 .. tn]), both int64.
+
+    tokens: a list, an array, a tensor, or a np.memmap of a file of any size, of which only the windows asked for are read.
+    With stride = context_length (the default) every token but the first is a target exactly once: the last window is moved
+    back to end with the text, and what an earlier window has had as a target is -100 there, which the loss leaves out.
+    """
+
+    def __init__(self, tokens, context_length, stride=None):
+        if len(tokens) <= context_length:
+            raise ValueError(
+                f"a text of {len(tokens):,} tokens is shorter than one window of context_length={context_length} tokens + 1"
+            )
+        self.tokens, self.context_length, self.stride = tokens, context_length, stride or context_length
+        self.last_start = len(tokens) - 1 - context_length
+
+    def __len__(self):
+        return 1 + math.ceil(self.last_start / self.stride)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        start = min(i * self.stride, self.last_start)
+        # int64, because that is what an embedding takes; files hold uint16
+        window = torch.tensor(np.asarray(self.tokens[start : start + self.context_length + 1], dtype=np.int64))
+        if isinstance(self.tokens, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            # Pages once read stay counted as this process's memory, up to the whole file, unless they are given back
+            self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
+        inputs, targets = window[:-1], window[1:].clone()
+        if start < i * self.stride:
+            targets[: (i - 1) * self.stride + self.context_length - start] = -100
+        return inputs, targets
+
+
+class ShuffledBatches(Sampler):
+    """
+    Which rows make which batch, without end: one shuffled epoch after the other, cut into batches with no seam between.
+
+    Batch b depends on (seed, b) alone. So a run that stopped goes on with `start`, and one of several processes takes
+    every `step`-th batch: together they see what one process would have seen.
+    """
+
+    def __init__(self, n_rows, batch_size, seed):
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self.start, self.step = 0, 1
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for batch in itertools.count(self.start, self.step):
+            rows = []
+            for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                if place // self.n_rows != epoch:
+                    epoch = place // self.n_rows
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+                rows.append(int(order[place % self.n_rows]))
+            yield rows
+
+
+def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=None):
+    """Batches in order, once through the data, for measuring; or, with shuffle, without end, for training."""
+    pin_memory = torch.cuda.is_available()
+    if not shuffle:
+        return DataLoader(dataset, batch_size, collate_fn=collate_fn, pin_memory=pin_memory)
+    batches = ShuffledBatches(len(dataset), batch_size, seed)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, pin_memory=pin_memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model: a stream of vectors, one per token. Attention moves information between tokens, the MLP works on each token by
+# itself, and each only adds to the stream. Parameter names are those of the published checkpoints.
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token asks (query) all tokens up to itself what they are about (key) and takes in what they say (value)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, x):
+        """(B, T, C) -> queries, keys and values, (B, H, T, D) each"""
+        B, T, C = x.shape
+        return [y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2)]
+
+    def forward(self, x, cache=None, positions=None, mask=None):
+        """(B, T, C) -> (B, T, C); see GPT.features for the cache"""
+        q, k, v = self.project(x)
+        if cache is not None:
+            keys, values = cache  # (B, H, columns, D), column t for the token at position t
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            keys[rows, :, positions] = k.transpose(1, 2).type_as(keys)
+            values[rows, :, positions] = v.transpose(1, 2).type_as(values)
+            k, v = keys[:, :, : mask.size(-1)], values[:, :, : mask.size(-1)]
+        dropout = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    def weights(self, x):
+        """
+        What the fused kernel above never shows: how much token t takes from each token. (B, T, C) -> (B, H, T, T)
+        softmax(q k^T / sqrt(D)) with the future at -inf; Vaswani et al. 2017, section 3.2.1.
+        """
+        q, k, _ = self.project(x)
+        scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(diagonal=1)
+        return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
+
+class MLP(nn.Module):
+    """What a token makes of what it has gathered, in four times the room. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # the form that OpenAI trained with; the exact one shifts the logits
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Gather, then think; each reads a normalised copy of the stream and adds its result. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, positions=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, positions, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                # 2 L layers add to the stream; so scaled, its variance does not grow with their number
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def features(self, ids, cache=None, positions=None):
+        """
+        What the model knows at each token, before it guesses. (B, T) -> (B, T, C)
+
+        With a cache (see `empty_cache`), `ids` are new tokens at `positions` (B, T) of texts whose earlier tokens went the
+        same way before; each sees the cache's columns up to its own position.
+        """
+        T, mask = ids.size(1), None
+        if positions is None:
+            if T > self.config.context_length:
+                raise ValueError(f"{T} tokens do not fit in a context of {self.config.context_length}")
+            positions = torch.arange(T, device=ids.device)[None]  # (1, T)
+        if cache is not None:
+            columns = torch.arange(int(positions.max()) + 1, device=ids.device)
+            mask = columns <= positions[:, None, :, None]  # (B, 1, T, columns)
+        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache and cache[i], positions, mask)
+        return self.ln_f(x)
+
+    def head(self, x):
+        """Features to logits, by the table that also reads the tokens in. (..., C) -> (..., V)"""
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, ids, targets=None):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats of those that are not -100"""
+        logits = self.head(self.features(ids))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation: read the prompt once, then guess, append, read the one new token, guess again. Keys and values of what
+    # was read are kept, so a new token costs one column of attention and not the whole text once more.
+
+    def generate(self, prompts, max_new_tokens, **options):
+        """
+        Continue every prompt, all in one batch. prompts: lists of ids, of any lengths -> one list of new ids for each.
+        Options are those of `stream`; a row that meets eos_id ends there while the others go on.
+        """
+        new_ids = [[] for _ in prompts]
+        for ids in self._steps(prompts, max_new_tokens, **options):
+            for row, i in zip(new_ids, ids):
+                if i is not None:
+                    row.append(i)
+        return new_ids
+
+    def stream(self, prompt, max_new_tokens, **options):
+        """
+        Yield the ids that continue one prompt, each as soon as it is known.
+
+        temperature: 0 always takes the likeliest token; 1 samples from the model's own distribution.
+        top_k: sample among the k likeliest. top_p: among the fewest likeliest that together have probability p.
+        eos_id: ends the text, and is not given out. generator: a torch.Generator, for samples that can be repeated.
+
+        When a text outgrows the context, its newer half is read again from position 0 and the older half is forgotten.
+        """
+        for (i,) in self._steps([prompt], max_new_tokens, **options):
+            yield i
+
+    @torch.no_grad()
+    def _steps(
+        self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None
+    ):
+        """Yield, step by step, the next id of each row, None for a row that has ended; until all have."""
+        limit, device = self.config.context_length, self.wte.weight.device
+        texts = [[int(i) for i in prompt] for prompt in prompts]  # what the model has before it, row by row
+        for row, text in enumerate(texts):
+            if not 0 < len(text) <= limit:
+                raise ValueError(f"prompt {row} has {len(text)} tokens; it must have 1 to {limit}")
+            if not 0 <= min(text) <= max(text) < self.config.vocab_size:
+                raise ValueError(f"prompt {row} has an id outside the vocabulary of {self.config.vocab_size}")
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError("sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+
+        if not texts:
+            return
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            cache, ended = None, [False] * len(texts)
+            for _ in range(max_new_tokens):
+                lengths = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
+                if cache is None:  # read whole texts, padded on the right, where nothing before the padding can see it
+                    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long, device=device)
+                    for row, text in zip(ids, texts):
+                        row[: len(text)] = torch.tensor(text)
+                    positions = torch.arange(ids.size(1), device=device).expand_as(ids)
+                    cache = self.empty_cache(len(texts), min(limit, ids.size(1) + max_new_tokens))
+                    x = self.features(ids, cache, positions)
+                    x = x[torch.arange(len(x), device=device)[:, None], lengths - 1]  # the last token of each, (B, 1, C)
+                else:
+                    ids = torch.tensor([text[-1:] for text in texts], device=device)
+                    x = self.features(ids, cache, positions=lengths - 1)
+                next_ids = sample(self.head(x[:, 0]), temperature, top_k, top_p, generator).tolist()
+
+                for row, i in enumerate(next_ids):
+                    ended[row] = ended[row] or i == eos_id
+                    if not ended[row]:
+                        texts[row].append(i)
+                if all(ended):
+                    return
+                yield [None if end else i for i, end in zip(next_ids, ended)]
+                for text in texts:
+                    if len(text) > limit:
+                        del text[: -max(1, limit // 2)]
+                        cache = None
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def empty_cache(self, n_rows, n_columns):
+        """For each block a pair (keys, values), (B, H, columns, D) each; zeros, since a masked nan would still spread"""
+        shape = (n_rows, self.config.n_head, n_columns, self.config.n_embd // self.config.n_head)
+        return [(self.wte.weight.new_zeros(shape), self.wte.weight.new_zeros(shape)) for _ in self.h]
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Choose one token for each row. (B, V) -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature, None
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the likeliest first
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0  # drop what comes after the tokens that already reach p
+    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1), each row by itself
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tour
+
+
+def tour():
+    """One sentence on its way through a small model, before and after the model has learned it by heart."""
+    torch.manual_seed(0)
+    sentence = "The cat sat on the mat, and the dog sat on the cat."
+    source = Path(__file__).read_text(encoding="utf-8")  # a vocabulary needs a text; this file is one
+    tokenizer = Tokenizer.train(source, vocab_size=512)
+    ids = tokenizer.encode(sentence)
+    pieces = [tokenizer.decode([i]) for i in ids]
+    print(f"A text          {sentence!r}")
+    print(f"its tokens      {'|'.join(pieces)}")
+    print(f"their ids       {ids}")
+
+    config = GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64)
+    model = GPT(config)
+    inputs, targets = TokenDataset(ids, context_length=len(ids) - 1)[0]
+    x = model.wte(inputs[None]) + model.wpe(torch.arange(len(inputs)))[None]
+    attention = model.h[0].attn
+    weights = attention.weights(model.h[0].ln_1(x))
+    print(f"\nAs vectors      {list(inputs[None].shape)} ids -> {list(x.shape)} (B, T, C), what each token is + where it stands")
+    print(f"attention       {list(weights.shape)} (B, H, T, T), how much each token takes from each; a row sums to 1")
+    print(f"                '{pieces[2]}' takes {', '.join(f'{w:.0%} from {p!r}' for w, p in zip(weights[0, 0, 2], pieces[:3]))}")
+    print(f"features        {list(model.features(inputs[None]).shape)} (B, T, C), after {config.n_layer} blocks")
+    print(f"logits          {list(model(inputs[None]).shape)} (B, T, V), a score for every token of the vocabulary")
+
+    def show_guesses():
+        probs = model(inputs[None])[0, -1].softmax(dim=-1)
+        best = ", ".join(f"{tokenizer.decode([int(i)])!r} {p:.1%}" for p, i in zip(*probs.topk(4)))
+        print(f"after {tokenizer.decode(inputs[-4:].tolist())!r} it expects {best}")
+
+    loss = model(inputs[None], targets[None])
+    print(f"\nUntrained       loss {loss:.2f}; a blind guess has ln V = {math.log(config.vocab_size):.2f}")
+    show_guesses()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(50):
+        loss = model(inputs[None], targets[None])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"\nAfter 50 steps  loss {loss:.2f}")
+    show_guesses()
+    print(f"\nIt writes       {tokenizer.decode(ids[:2])}", end="")
+    for i in model.stream(ids[:2], max_new_tokens=len(ids) - 2, temperature=0):
+        print(f"|{tokenizer.decode([i])}", end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    tour()

@@ -1,0 +1,484 @@
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as train_py
+from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
+from load_gpt2 import load_gpt2, one_line_errors
+from train import TrainConfig, create_optimizer, learning_rate, read_chunks, read_losses, read_tokens, tokenize, train
+
+ROOT = Path(__file__).parent.parent
+STORIES = ROOT / "data" / "stories.txt"
+
+# A run of seconds: a small vocabulary, short windows, and float32, so that runs cut in different ways can be compared
+QUICK = [
+    *["--vocab-size", 300, "--context-length", 16, "--steps", 12, "--eval-every", 4, "--eval-windows", 8],
+    *["--warmup", 2, "--dtype", "float32"],
+]
+
+
+def run(monkeypatch, capsys, *args):
+    """train.py as a user runs it, in this process -> exit code, standard output, standard error"""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    code = 0
+    try:
+        with one_line_errors():
+            train_py.main()
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def start(*args, launcher=()):
+    """The same as a process of its own"""
+    command = [sys.executable, *launcher, ROOT / "train.py", *args]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def quick(monkeypatch, capsys, tmp_path):
+    """A function that trains for seconds on the stories -> rows of losses.csv"""
+
+    def go(name, *args):
+        code, _, error = run(monkeypatch, capsys, "--out", tmp_path / name, *QUICK, *args)
+        assert code == 0, error
+        return read_losses(tmp_path / name / "losses.csv")
+
+    return go
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule and the optimizer
+
+
+def test_schedule_at_its_corners():
+    config = TrainConfig(steps=100, warmup=10, learning_rate=1.0)
+    assert learning_rate(0, config) == pytest.approx(0.1)  # not 0, which would waste a step
+    assert learning_rate(9, config) == learning_rate(10, config) == 1.0
+    assert learning_rate(55, config) == pytest.approx(0.55)  # half way down
+    assert learning_rate(100, config) == pytest.approx(0.1)
+    assert learning_rate(1000, config) == pytest.approx(0.1)  # and not up again
+    assert learning_rate(0, TrainConfig(warmup=0, learning_rate=1.0)) == 1.0
+    assert learning_rate(3, TrainConfig(steps=3, warmup=5, learning_rate=1.0)) == pytest.approx(0.8)
+    rates = [learning_rate(step, config) for step in range(10, 101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_weight_decay_on_matrices_only():
+    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=2, n_head=1, n_embd=8))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, others = create_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
+    assert all(names[p].split(".")[-2] in ("wte", "wpe", "c_attn", "c_proj", "c_fc") for p in decayed["params"])
+    assert all(names[p].endswith("bias") or ".ln_" in "." + names[p] for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def toy_rows():
+    """Rows whose numbers of targets differ widely, so that a mean of means is not the mean"""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(16):
+        ids, targets = torch.randint(0, 20, (2, 8), generator=generator)
+        targets[: i % 8] = -100
+        rows.append((ids, targets))
+    return rows
+
+
+def toy_losses(out, micro_batch_size, **settings):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16))
+    config = TrainConfig(batch_size=8, dtype="float32", warmup=0, **{"steps": 10, "eval_every": 5, "grad_clip": 0.5} | settings)
+    loaders = [create_dataloader(toy_rows(), micro_batch_size, shuffle=shuffle) for shuffle in (True, False)]
+    out.mkdir()
+    train(model, *loaders, config, out, save=lambda: None)
+    return [
+        [float(row[name]) for row in read_losses(out / "losses.csv") if row[name]] for name in ("train_loss", "val_loss")
+    ]
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(tmp_path):
+    whole, whole_val = toy_losses(tmp_path / "8", 8)
+    for size in (4, 2, 1):
+        cut, cut_val = toy_losses(tmp_path / str(size), size)
+        assert cut == pytest.approx(whole, rel=1e-5) and cut_val == pytest.approx(whole_val, rel=1e-5)
+
+
+def test_losses_are_those_of_a_loop_written_out(tmp_path):
+    losses, val_losses = toy_losses(tmp_path / "out", 2)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16))
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    rows = toy_rows()
+
+    def mean_loss(chosen):
+        logits = model(torch.stack([ids for ids, _ in chosen]))
+        targets = torch.stack([targets for _, targets in chosen])
+        kept = targets != -100
+        return -logits.log_softmax(-1)[kept].gather(-1, targets[kept][:, None]).mean()
+
+    expected, expected_val = [], [mean_loss(rows).item()]
+    for step in range(10):
+        order = np.random.default_rng([0, step // 2]).permutation(16)
+        loss = mean_loss([rows[i] for i in order[8 * (step % 2) : 8 * (step % 2) + 8]])
+        optimizer.zero_grad()
+        loss.backward()
+        length = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2)
+            for p in group["params"]:
+                p.grad *= min(1, 0.5 / length)
+        optimizer.step()
+        expected.append(loss.item())
+        if step in (4, 9):
+            expected_val.append(mean_loss(rows).item())
+    assert losses == pytest.approx(expected, rel=1e-5) and val_losses == pytest.approx(expected_val, rel=1e-5)
+
+
+def test_gradients_are_clipped_as_a_whole_step(tmp_path):
+    """A clip that bites changes the run; it would bite differently on parts of a batch (test above has it on)"""
+    assert toy_losses(tmp_path / "a", 8, grad_clip=0.1)[0] != toy_losses(tmp_path / "b", 8, grad_clip=100.0)[0]
+
+
+@pytest.mark.parametrize("batch_size, micro_batch_size", [(8, 3), (4, 8)])
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys, tmp_path, batch_size, micro_batch_size):
+    sizes = ["--batch-size", batch_size, "--micro-batch-size", micro_batch_size]
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, *sizes)
+    assert code == 2 and error == (
+        f"error: a batch of {batch_size} rows does not divide into micro-batches of {micro_batch_size} for 1 process(es)\n"
+    )
+
+
+def test_two_processes_do_what_one_does(quick, tmp_path):
+    one = quick("one", "--dropout", 0.1, "--micro-batch-size", 4)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start("--out", tmp_path / "two", *QUICK, "--dropout", 0.1, "--micro-batch-size", 4, launcher=launcher)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    two = read_losses(tmp_path / "two" / "losses.csv")
+    assert len(one) == len(two) == 13
+    for name in ("train_loss", "val_loss"):
+        a, b = ([float(row[name]) for row in rows if row[name]] for rows in (one, two))
+        assert a == pytest.approx(b, rel=1e-5)
+    assert output.count("step    12/12") == 1  # only one of them speaks
+    # and one process can go on with what two began
+    resumed = quick("two", "--resume", tmp_path / "two", "--steps", 16)
+    assert len(resumed) == 17
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run as a whole
+
+
+def test_a_run_leaves_a_folder_that_opens(quick, tmp_path, capsys):
+    rows = quick("out", "--steps", 60, "--eval-every", 20, "--learning-rate", 3e-3)
+    assert [int(row["step"]) for row in rows] == list(range(61))
+    val_losses = {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
+    assert list(val_losses) == [0, 20, 40, 60]
+    assert val_losses[0] == pytest.approx(math.log(300), abs=0.2) and val_losses[60] < val_losses[0] - 1
+    names = {path.name for path in (tmp_path / "out").iterdir()} - {"losses.png"}
+    assert names == {"config.json", "model.safetensors", "merges.txt", "vocab.json", "losses.csv", "resume.pt"}
+    model, tokenizer = load_gpt2(tmp_path / "out")
+    assert model.config.vocab_size == tokenizer.vocab_size == 300 and model.config.context_length == 16
+    # The folder holds the weights with the best validation loss: measured again, they give it
+    ids = tokenizer.encode(STORIES.read_text("utf-8")) + [tokenizer.eot]
+    ids = ids[-(len(ids) // 10) :]
+    stride, last = max(16, len(ids) // 8), len(ids) - 17
+    starts = [min(start, last) for start in range(0, last + stride, stride)]
+    windows = torch.tensor([ids[start : start + 17] for start in starts])
+    with torch.no_grad():
+        loss = model(windows[:, :-1], windows[:, 1:]).item()
+    assert loss == pytest.approx(min(val_losses.values()), abs=0.02)  # the last window is counted in part there
+
+
+def test_the_best_weights_stay_when_later_ones_are_worse(quick, tmp_path):
+    rows = quick("out", "--steps", 24, "--learning-rate", 0.3, "--grad-clip", 1000, "--seed", 3)
+    losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert min(losses) < losses[-1]
+    state = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)
+    assert state["best_loss"] == min(losses) and state["step"] == 24
+    best = load_gpt2(tmp_path / "out")[0].state_dict()
+    assert not torch.equal(best["wte.weight"], state["model"]["wte.weight"])
+
+
+def test_progress_and_samples_are_shown(monkeypatch, capsys, tmp_path):
+    code, out, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, "--prompt", "The door")
+    assert code == 0 and error == ""
+    assert out.count("    The door") == 4
+    assert "step     4/12 | loss " in out and " tokens/s | 0:00:00 left | val " in out
+    assert "load_gpt2.py" in out.splitlines()[-1]
+
+
+def test_a_second_run_destroys_nothing_unasked(monkeypatch, capsys, quick, tmp_path):
+    quick("out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
+    assert code == 2 and error.startswith("error: ") and "--resume" in error and "--overwrite" in error
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(quick("out", "--overwrite", "--steps", 4)) == 5
+
+
+def test_init_goes_on_from_a_folder(monkeypatch, capsys, quick, tmp_path):
+    losses = [float(row["val_loss"]) for row in quick("first", "--steps", 40, "--learning-rate", 3e-3) if row["val_loss"]]
+    args = ["--init", tmp_path / "first", "--steps", 4, "--eval-every", 4, "--eval-windows", 8, "--dtype", "float32"]
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "second", *args)
+    assert code == 0, error
+    again = read_losses(tmp_path / "second" / "losses.csv")
+    assert float(again[0]["val_loss"]) == pytest.approx(min(losses), rel=1e-6)
+    assert load_gpt2(tmp_path / "second")[1].merges == load_gpt2(tmp_path / "first")[1].merges
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "x", *args, "--vocab-size", 400)
+    assert code == 2 and "--vocab-size 400 does not fit" in error
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "x", *args, "--context-length", 17)
+    assert code == 2 and "--context-length 17 is more than the 16" in error
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, quick, tmp_path):
+    quick("out", "--steps", 8)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    args = ["--resume", tmp_path / "out", "--steps", 100, "--learning-rate", 1e38]
+    code, _, error = run(monkeypatch, capsys, *args)
+    assert code == 2 and error.startswith("error: the loss is ") and error.count("\n") == 1 and "last good state" in error
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+LONG = [*QUICK, "--steps", 100, "--dropout", 0.1, "--eval-every", 20]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = start("--out", out, *LONG)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out
+
+
+def wait_for_step(out, step, process):
+    while process.poll() is None:
+        if (out / "resume.pt").exists() and len(read_losses(out / "losses.csv")) > step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def resume_to_the_end(out):
+    process = start("--resume", out)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+
+
+def same_files(a, b):
+    for name in ("losses.csv", "model.safetensors", "config.json", "merges.txt", "vocab.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_is_uninterrupted(uninterrupted, tmp_path, number, code):
+    process = start("--out", tmp_path / "out", *LONG)
+    wait_for_step(tmp_path / "out", 20, process)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == code and error == ""
+    assert f"--resume {tmp_path / 'out'}" in output
+    assert 20 < len(read_losses(tmp_path / "out" / "losses.csv")) - 1 < 100
+    resume_to_the_end(tmp_path / "out")
+    same_files(uninterrupted, tmp_path / "out")
+
+
+def test_killed_anywhere_and_resumed_is_uninterrupted(uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    process = start("--out", out, *LONG)
+    for step, delay in [(0, 0.0), (20, 0.05), (60, 0.13)]:
+        wait_for_step(out, step, process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        process = start("--resume", out)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    same_files(uninterrupted, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts and token files
+
+
+def test_chunks_have_the_tokens_of_the_whole(tmp_path):
+    tokenizer = Tokenizer.gpt2()
+    rng = np.random.default_rng(0)
+    for alphabet in (["word", " ", "\n", "  ", "don't", "\t", "!?", "\x1c", "\u2003", "東京", "12", "\x85"], ["a"], [" ", "\n"]):
+        text = "".join(rng.choice(alphabet, 400))
+        (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
+        text = (tmp_path / "text").read_text("utf-8")
+        for n in (64, 100, 1000):
+            chunks = list(read_chunks(tmp_path / "text", n))
+            assert "".join(chunks) == text
+            if len(alphabet) > 2:
+                assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(text)
+
+
+def test_token_file(tmp_path):
+    texts = {"a.txt": "One text.", "b.txt": "Another <|endoftext|> text,\nüber two lines."}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    tokenizer, path = Tokenizer.gpt2(), tmp_path / "tokens.bin"
+    tokenize([tmp_path / name for name in texts], tokenizer, path)
+    expected = [i for text in texts.values() for i in [*tokenizer.encode(text), tokenizer.eot]]
+    assert read_tokens(path, 50257).tolist() == expected
+    header = np.fromfile(path, dtype=np.int32, count=256)  # llm.c's: magic, version, number of tokens
+    assert header[:3].tolist() == [20240520, 1, len(expected)] and path.stat().st_size == 1024 + 2 * len(expected)
+    # A second time there is nothing to do; with another text or vocabulary there is
+    written = path.stat().st_mtime_ns
+    tokenize([tmp_path / name for name in texts], tokenizer, path)
+    assert path.stat().st_mtime_ns == written
+    tokenize([tmp_path / "a.txt"], tokenizer, path)
+    assert read_tokens(path, 50257).tolist() == [*tokenizer.encode("One text."), tokenizer.eot]
+    tokenize([tmp_path / "a.txt"], Tokenizer([]), path)
+    assert len(read_tokens(path, 257)) == 10
+
+
+def write_llmc(path, ids, n=None):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(ids) if n is None else n
+    path.write_bytes(header.tobytes() + np.array(ids, dtype=np.uint16).tobytes())
+
+
+def test_bin_takes_the_files_of_nanogpt_and_llmc(quick, tmp_path):
+    ids = Tokenizer.gpt2().encode(STORIES.read_text("utf-8"))[:3000]
+    (tmp_path / "nanogpt").mkdir()
+    np.array(ids[:2000], dtype=np.uint16).tofile(tmp_path / "nanogpt" / "train.bin")
+    np.array(ids[2000:], dtype=np.uint16).tofile(tmp_path / "nanogpt" / "val.bin")
+    (tmp_path / "llmc").mkdir()
+    write_llmc(tmp_path / "llmc" / "x_train_000001.bin", ids[:2000])
+    write_llmc(tmp_path / "llmc" / "x_val_000000.bin", ids[2000:])
+    small = ["--steps", 2, "--batch-size", 2]
+    first = quick("a", "--bin", tmp_path / "nanogpt" / "*.bin", *small)
+    second = quick("b", "--bin", tmp_path / "llmc" / "*.bin", *small)
+    assert first == second and float(first[0]["val_loss"]) == pytest.approx(math.log(50257), abs=0.2)
+    model, tokenizer = load_gpt2(tmp_path / "a")
+    assert tokenizer.vocab_size == model.config.vocab_size == 50257
+
+
+def test_text_takes_files_folders_and_globs(quick, tmp_path):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    stories = STORIES.read_text("utf-8")
+    (tmp_path / "texts" / "1.txt").write_text(stories[:5000], encoding="utf-8")
+    (tmp_path / "texts" / "deep" / "2.txt").write_text(stories[5000:10000], encoding="utf-8")
+    files = [tmp_path / "texts" / "1.txt", tmp_path / "texts" / "deep" / "2.txt"]
+    for i, names in enumerate([files, [tmp_path / "texts"], [tmp_path / "texts" / "**" / "*.txt"]]):
+        rows = quick(str(i), "--text", *names, "--steps", 2)
+        if i == 0:
+            first = rows
+        assert rows == first
+
+
+def test_text_from_a_url_is_fetched_once(quick, tmp_path):
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body = STORIES.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/texts/stories.txt?raw=1"
+    rows = quick("a", "--text", url, "--steps", 2)
+    assert rows == quick("b", "--text", url, "--steps", 2) == quick("c", "--steps", 2)
+    server.shutdown()
+    assert asked == ["/texts/stories.txt?raw=1"]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def make_bad_inputs(folder):
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "latin1.txt").write_bytes("Caf\u00e9 au lait. ".encode("latin-1") * 100)
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "no-texts").mkdir()
+    np.array([1, 2, 60000] * 100, dtype=np.uint16).tofile(folder / "ids.bin")
+    (folder / "odd.bin").write_bytes(b"123")
+    write_llmc(folder / "cut.bin", range(100), n=200)
+    np.arange(100, dtype=np.uint16).tofile(folder / "only_val.bin")
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "resume.pt").write_bytes(b"not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--text", "{}/missing.txt"], "missing.txt: no such file"),
+        (["--text", "{}/empty.txt"], "empty.txt: empty"),
+        (["--text", "{}/latin1.txt"], "latin1.txt: not a UTF-8 text"),
+        (["--text", "{}/short.txt"], "shorter than one window of context_length=128"),
+        (["--text", "{}/no-texts"], "no *.txt in this folder"),
+        (["--text", "http://127.0.0.1:PORT/x.txt"], "http://127.0.0.1"),
+        (["--bin", "{}/ids.bin"], "token id 60000 does not fit a vocabulary of 50257"),
+        (["--bin", "{}/odd.bin"], "odd.bin: not a file of 16-bit token ids"),
+        (["--bin", "{}/cut.bin"], "cut.bin: 100 tokens, but its header says 200"),
+        (["--bin", "{}/only_val.bin"], "all token files are for validation"),
+        (["--model", "gpt5"], "invalid choice: 'gpt5'"),
+        (["--init", "{}/nowhere"], "nowhere is not a folder"),
+        (["--resume", "{}/nowhere"], "nowhere/resume.pt: no such file"),
+        (["--resume", "{}/damaged"], "damaged/resume.pt: damaged"),
+        (["--vocab-size", "100"], "vocab_size=100 is too small"),
+        (["--vocab-size", "70000", "--text", "{}/ids.bin"], "not a UTF-8 text"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--learning-rate", "nan"], "learning rate"),
+        (["--dtype", "float16"], "dtype=float16"),
+        (["--dropout", "1.5"], "dropout=1.5"),
+        (["--context-length", "0"], "context_length"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, args, message):
+    make_bad_inputs(tmp_path)
+    args = [arg.replace("{}", str(tmp_path)).replace("PORT", str(free_port())) for arg in args]
+    out = [] if "--resume" in args else ["--out", tmp_path / "new" / "out"]
+    code, _, error = run(monkeypatch, capsys, *args, *out)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "new" / "out").exists() and not list(tmp_path.rglob("*.part"))
+
+
+def test_help_shows_every_option_with_its_default():
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    text = " ".join(result.stdout.split())
+    for option in ("--steps", "--batch-size", "--learning-rate", "--resume", "--bin", "--device", "--compile"):
+        assert option in text
+    assert text.count("(default: ") >= 15 and "None" not in text

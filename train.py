@@ -1,0 +1,612 @@
+"""
+Pretraining, and the one training loop through which everything here is trained.
+
+    python train.py                                             data/stories.txt -> out/stories, two minutes on a laptop
+    python train.py --text book.txt --model gpt2 --out out/book
+    python train.py --resume out/book
+    torchrun --nproc_per_node=8 train.py --bin 'fineweb/*.bin' --model gpt2
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import textwrap
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import ConcatDataset
+
+from gpt import GPT, GPT2_CONFIGS, SMALL_CONFIGS, GPTConfig, TokenDataset, Tokenizer, complete_file, create_dataloader
+from load_gpt2 import (
+    CommandLine,
+    default_device,
+    fast_dtype,
+    load_gpt2,
+    one_line_errors,
+    read_config,
+    save_gpt2,
+    usable_device,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop. It knows nothing of language: a batch is the tuple of the model's arguments, targets last, with -100 for what
+# does not count; the model returns the mean loss over the rest.
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    steps: int = option(300, "updates of the weights")
+    batch_size: int = option(8, "rows in a step, over all processes")
+    micro_batch_size: int = option(0, "rows that go through the model at once; fewer take less memory. 0: all")
+    learning_rate: float = option(1e-3, "at its peak")
+    warmup: int = option(30, "steps in which the learning rate grows to its peak")
+    weight_decay: float = option(0.1, "pull of matrices towards 0")
+    grad_clip: float = option(1.0, "longest gradient that is followed whole")
+    eval_every: int = option(50, "steps from one validation, sample and checkpoint to the next")
+    dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, what the device does fastest")
+    seed: int = option(1, "of weights, shuffling, dropout and samples")
+
+    def __post_init__(self):
+        if min(self.steps, self.batch_size, self.eval_every) < 1 or min(self.micro_batch_size, self.warmup, self.seed) < 0:
+            raise ValueError("steps, batch size and eval-every must be at least 1, and no number may be negative")
+        if not (self.learning_rate > 0 and self.grad_clip > 0 and self.weight_decay >= 0):
+            raise ValueError("learning rate and grad-clip must be above 0, and weight decay not below")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype} is not float32, bfloat16 or auto")
+
+
+def learning_rate(step, config):
+    """Linear warmup, then half a cosine down to a tenth of the peak (Brown et al. 2020, appendix B); step counts from 0"""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def create_optimizer(model, config):
+    """AdamW, with weight decay on matrices only: pulled to 0, a LayerNorm or a bias would lose its meaning"""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def train(model, train_loader, val_loader, config, out, *, save, sample=None, settings=None, checkpoint=None):
+    """
+    Train `model`, on the device where it is, from `train_loader`: one made with shuffle=True, its batches are micro-batches.
+
+    Every eval_every steps: the loss over all of `val_loader`; `save()` where it is the lowest so far; out/losses.csv and
+    out/resume.pt; `sample()`. Every step depends on the state, the seed and its own number alone, so a run that goes on from a
+    `checkpoint` (what torch.load reads from resume.pt) repeats to the last bit what it would have done. `settings` go into
+    resume.pt for whoever resumes. Ctrl-C and SIGTERM end the run after the current step, with its state saved.
+
+    Returns the number of the signal that stopped it, or None. Raises FloatingPointError at a loss that is not finite.
+    """
+    device = next(model.parameters()).device
+    rank, world_size = process_rank(), process_count()
+    batch_sampler = train_loader.batch_sampler
+    micro_batches = config.batch_size // batch_sampler.batch_size  # in a step, over all processes
+    if config.batch_size != micro_batches * batch_sampler.batch_size or micro_batches % world_size or not micro_batches:
+        raise ValueError(
+            f"a batch of {config.batch_size} rows does not divide into micro-batches of {batch_sampler.batch_size} "
+            f"for {world_size} process(es)"
+        )
+    optimizer = create_optimizer(model, config)
+    step, best_loss, history = 0, math.inf, []  # history: the rows of losses.csv
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], read_losses(out / "losses.csv")
+        history = history[: step + 1]  # row n is step n
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    keep_freed_memory()
+
+    def save_state():
+        write_losses(out / "losses.csv", history)
+        state = {"step": step, "best_loss": best_loss, "settings": settings}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        with complete_file(out / "resume.pt") as part:
+            torch.save(state, part)
+
+    def look_up():
+        """Lift the head from the work: measure, keep what is worth keeping, say something."""
+        nonlocal best_loss
+        val_loss = evaluate(model, val_loader, autocast)
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(f"the validation loss is {val_loss} at step {step}; {out} keeps the last good state")
+        if rank == 0:
+            history[-1]["val_loss"] = val_loss
+            if val_loss < best_loss:
+                best_loss = val_loss
+                save()
+            save_state()
+            print_line(f"{progress} | val {val_loss:.4f}", end="\n")
+            if sample is not None:
+                sample()
+
+    progress = f"step {step:5d}/{config.steps}"
+    with catch_signals() as caught:
+        if checkpoint is None:
+            history.append({"step": 0, "train_loss": "", "learning_rate": "", "val_loss": ""})
+            look_up()
+        batch_sampler.start, batch_sampler.step = step * micro_batches + rank, world_size
+        batches = iter(train_loader)
+        first_step, first_time = step, time.perf_counter()
+        tokens, seconds = 0, 0.0  # since the last look_up
+        while step < config.steps:
+            step_time = time.perf_counter()
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step_batches = [next(batches) for _ in range(micro_batches // world_size)]
+            n_targets = [int((batch[-1] != -100).sum()) for batch in step_batches]
+            n_tokens = sum(batch[0].numel() for batch in step_batches)
+            all_targets, all_tokens = sum_over_processes([sum(n_targets), n_tokens], device)
+            loss_sum = 0.0
+            for i, (batch, n) in enumerate(zip(step_batches, n_targets)):
+                # What dropout drops follows from the micro-batch's number, however many processes share the work
+                torch.manual_seed(config.seed * 1_000_003 + step * micro_batches + i * world_size + rank)
+                is_last = i == len(step_batches) - 1
+                with contextlib.nullcontext() if is_last or world_size == 1 else parallel.no_sync():  # sync gradients once
+                    with autocast:
+                        loss = parallel(*(x.to(device, non_blocking=True) for x in batch))
+                    # All targets of the step weigh the same, however it is cut; DDP will divide by world_size
+                    (loss * (n * world_size / all_targets)).backward()
+                loss_sum += loss.item() * n
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+            loss_sum, stops = sum_over_processes([loss_sum, len(caught)], device)
+            train_loss = loss_sum / all_targets
+            if not math.isfinite(train_loss + norm):
+                raise FloatingPointError(
+                    f"the loss is {train_loss} with a gradient of length {norm} at step {step + 1}; "
+                    f"{out} keeps the last good state. A lower learning rate may help"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            history.append({"step": step, "train_loss": train_loss, "learning_rate": lr, "val_loss": ""})
+
+            tokens, seconds = tokens + all_tokens, seconds + time.perf_counter() - step_time
+            left = (time.perf_counter() - first_time) / (step - first_step) * (config.steps - step)
+            progress = (
+                f"step {step:5d}/{config.steps} | loss {train_loss:.4f} | {tokens / seconds:,.0f} tokens/s | "
+                f"{timedelta(seconds=round(left))} left"
+            )
+            if rank == 0 and sys.stdout.isatty():
+                print_line(progress)
+            if step % config.eval_every == 0 or step == config.steps:
+                look_up()
+                tokens, seconds = 0, 0.0
+            elif stops and rank == 0:
+                save_state()
+            if stops:
+                break
+    if rank == 0:
+        plot_losses(history, out / "losses.png")
+    return caught[0] if caught else None
+
+
+@torch.no_grad()
+def evaluate(model, loader, autocast):
+    """The mean loss over all targets of all batches, each process taking its share of the batches"""
+    rank, world_size = process_rank(), process_count()
+    device = next(model.parameters()).device
+    loss_sum, n_targets = 0.0, 0
+    model.eval()
+    for i, batch in enumerate(loader):
+        if i % world_size == rank:
+            n = int((batch[-1] != -100).sum())
+            with autocast:
+                loss_sum += model(*(x.to(device, non_blocking=True) for x in batch)).item() * n
+            n_targets += n
+    model.train()
+    loss_sum, n_targets = sum_over_processes([loss_sum, n_targets], device)
+    return loss_sum / n_targets
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Ctrl-C and SIGTERM go into the list that this yields; a second one ends the program as usual."""
+    caught, before = [], {}
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def keep_freed_memory():
+    """
+    Tell glibc to keep large blocks that are freed. By default it gives them back to the system, which hands them out again page
+    by page, zeroed, at every step: a third of the time of a step of GPT-2 124M on two CPU cores.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts them and says through the environment who is who; one process alone is rank 0 of 1
+
+
+def start_processes(device):
+    """Join the processes that torchrun started -> the device of this one"""
+    if "RANK" not in os.environ:
+        return torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # The others wait while rank 0 tokenizes, which may take hours
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+    return torch.device(device)
+
+
+def process_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(numbers, device):
+    if process_count() == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def print_line(line, end="\r"):
+    """Over the line that shows the progress, where there is one"""
+    print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, end=end, flush=True)
+
+
+def write_losses(path, rows):
+    with complete_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["step", "train_loss", "val_loss", "learning_rate"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_losses(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_losses(rows, path):
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {path.name}: `pip install matplotlib` draws it")
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in [("train_loss", "training batch", {"alpha": 0.4}), ("val_loss", "validation", {"marker": "."})]:
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name] != ""]
+        axes.plot(*zip(*points), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.legend()
+    with complete_file(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining: texts to tokens, tokens to windows. Token files are llm.c's: 256 int32 (magic, version, number of tokens, and
+# from the fourth on whatever one likes: here a fingerprint of what the tokens were made from), then the ids as uint16.
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def find_files(names, folder):
+    """Files, folders (all *.txt below), globs and URLs (fetched once, into `folder`) -> list of paths"""
+    paths = []
+    for name in names:
+        if name.startswith(("http://", "https://")):
+            found = [fetch_once(name, folder)]
+        elif Path(name).is_dir():
+            found = sorted(Path(name).rglob("*.txt"))
+        else:
+            found = [Path(path) for path in sorted(glob.glob(name, recursive=True))] or [Path(name)]
+        if not found:
+            raise ValueError(f"{name}: no *.txt in this folder")
+        paths += found
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    return paths
+
+
+def fetch_once(url, folder):
+    path = folder / (re.sub(r"[^\w.-]", "_", url.rstrip("/").rsplit("/", 1)[-1]) or "text")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with requests.get(url, stream=True, timeout=30) as response, complete_file(path) as part, open(part, "wb") as file:
+                response.raise_for_status()
+                for block in response.iter_content(2**20):
+                    file.write(block)
+        except requests.RequestException as error:
+            raise ValueError(f"{url}: {error}") from None
+    return path
+
+
+def read_chunks(path, n_characters=2**22):
+    """
+    A text, a few million characters at a time, cut before a blank that follows a word: GPT-2 never makes one token of the two
+    sides, so the chunks' tokens are the tokens of the whole.
+    """
+    rest = ""
+    try:
+        with open(path, encoding="utf-8") as file:
+            while chunk := file.read(n_characters):
+                chunk = rest + chunk
+                last_word = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(chunk)
+                end = last_word.end() if last_word else len(chunk)
+                yield chunk[:end]
+                rest = chunk[end:]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text ({error.reason})") from None
+    if rest:
+        yield rest
+
+
+def tokenize(paths, tokenizer, bin_path):
+    """Write the texts' tokens, an end-of-text after each, into one token file, on all cores; or find that it is there."""
+    sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    known_by = json.dumps([sources, [[left.hex(), right.hex()] for left, right in tokenizer.merges]])
+    fingerprint = hashlib.sha256(known_by.encode()).digest()
+    if bin_path.exists():
+        with open(bin_path, "rb") as file:
+            if file.read(12 + len(fingerprint))[12:] == fingerprint:
+                return
+    if tokenizer.vocab_size > 2**16:
+        raise ValueError(f"{tokenizer.vocab_size:,} tokens do not fit the 16 bits of a token file")
+
+    def encode(text):
+        return tokenizer.encoding.encode_to_numpy(text, disallowed_special=()).astype("<u2").tobytes()
+
+    size, done, start = sum(source[1] for source in sources), 0, time.perf_counter()
+    bin_path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_file(bin_path) as part, open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        file.write(bytes(HEADER_BYTES))
+        waiting = deque()  # a few chunks ahead, no more, so that memory stays small however long the text
+        for path in paths:
+            if path.stat().st_size == 0:
+                raise ValueError(f"{path}: empty")
+            for text in read_chunks(path):
+                waiting.append(pool.submit(encode, text))
+                if len(waiting) > 2 * os.cpu_count():
+                    file.write(waiting.popleft().result())
+                done += len(text)
+                if size > 10_000_000:
+                    speed = done / (time.perf_counter() - start) / 1e6
+                    print_line(f"tokenizing: {min(1, done / size):.0%}, {speed:.1f} million characters/s")
+            while waiting:
+                file.write(waiting.popleft().result())
+            file.write(np.array(tokenizer.eot, dtype="<u2").tobytes())
+        n_tokens = (file.tell() - HEADER_BYTES) // 2
+        file.seek(0)
+        file.write(np.array([MAGIC, VERSION, min(n_tokens, 2**31 - 1)], dtype="<i4").tobytes() + fingerprint)
+    print_line(f"{bin_path}: {n_tokens:,} tokens", end="\n")
+
+
+def read_tokens(path, vocab_size):
+    """A token file, llm.c's (with a header) or nanoGPT's (bare uint16) -> np.memmap of its ids"""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=3)
+    offset = HEADER_BYTES if len(header) == 3 and header[0] == MAGIC else 0
+    if size % 2 or size <= offset:
+        raise ValueError(f"{path}: not a file of 16-bit token ids ({size:,} bytes)")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
+    if offset and (header[1] != VERSION or header[2] != min(len(tokens), 2**31 - 1)):
+        raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {header[2]:,} (version {header[1]})")
+    largest = int(tokens[: 2**20].max())
+    if largest >= vocab_size:
+        raise ValueError(f"{path}: token id {largest} does not fit a vocabulary of {vocab_size}")
+    return tokens
+
+
+def first_million(paths):
+    """The first million characters, as many from each text: enough to learn a vocabulary from in seconds"""
+    return "".join(next(read_chunks(path, 1_000_000 // len(paths) + 1), "") for path in paths)
+
+
+def make_datasets(shards, context_length, eval_windows):
+    """
+    (name, tokens) pairs -> (training windows, validation windows). Validation has the shards with "val" in their name, or else
+    the last tenth of the last shard, a million tokens at most; of that it takes windows evenly spread.
+    """
+    training = [tokens for name, tokens in shards if "val" not in name]
+    validation = [tokens for name, tokens in shards if "val" in name]
+    if not training:
+        raise ValueError("all token files are for validation: they have 'val' in their names")
+    if not validation:
+        held_out = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
+        validation = [training[-1][-held_out:]]
+        training[-1] = training[-1][:-held_out]
+    stride = max(context_length, sum(len(tokens) for tokens in validation) // eval_windows)
+    return (
+        ConcatDataset([TokenDataset(tokens, context_length) for tokens in training]),
+        ConcatDataset([TokenDataset(tokens, context_length, stride) for tokens in validation]),
+    )
+
+
+def parse_arguments():
+    """The command line; with --resume, on top of what the run to be resumed was started with"""
+    parser = CommandLine(description="Train a GPT on a text.")
+    add = parser.add_argument
+    add("--text", nargs="+", default=[str(Path(__file__).with_name("data") / "stories.txt")], help="files, folders, globs, URLs")
+    add("--bin", nargs="+", help="instead of --text: token files of nanoGPT or llm.c; 'val' in a name is for validation")
+    add("--model", default="nano", choices=[*SMALL_CONFIGS, *GPT2_CONFIGS], help="sizes of the model")
+    add("--init", metavar="FOLDER", help="start from this GPT-2 instead of from random weights")
+    add("--vocab-size", type=int, help="learn a vocabulary of this size from the text (default: the model's)")
+    add("--context-length", type=int, help="tokens in a window (default: the model's)")
+    add("--dropout", type=float, help="share of activations dropped in training (default: the model's)")
+    add("--out", type=Path, help="folder for all that the run writes (default: out/ and the name of the text)")
+    add("--overwrite", action="store_true", help="replace the run that is in --out")
+    add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
+    add("--prompt", default="\n", help="how the samples begin")
+    add("--eval-windows", type=int, default=64, help="windows in a validation")
+    add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile the model")
+    for f in fields(TrainConfig):
+        add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
+    args = parser.parse_args()
+    if not args.resume:
+        return args, None
+
+    path = args.resume / "resume.pt"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
+    parser.set_defaults(**checkpoint["settings"])
+    args = parser.parse_args()
+    args.out = args.resume
+    return args, checkpoint
+
+
+# What belongs to one start of the program, not to the run
+NOT_SETTINGS = ("out", "overwrite", "resume", "device", "compile")
+
+
+def main():
+    args, checkpoint = parse_arguments()
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    out = args.out or Path("out") / Path((args.bin or args.text)[0]).stem
+    if checkpoint is None and not args.overwrite and any((out / name).exists() for name in ("resume.pt", "config.json")):
+        raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME leaves it alone")
+    device = start_processes(args.device)
+
+    # The vocabulary, and the model on it: those of the run to be resumed, of --init, or new ones
+    files = find_files(args.bin or args.text, out.parent)
+    weights = None
+    if checkpoint is not None:
+        gpt_config, tokenizer = read_config(out / "config.json"), Tokenizer.load(out)
+    elif args.init:
+        loaded, tokenizer = load_gpt2(args.init)
+        gpt_config, weights = loaded.config, loaded.state_dict()
+        if args.vocab_size not in (None, gpt_config.vocab_size):
+            raise ValueError(f"--vocab-size {args.vocab_size} does not fit {args.init}, which has {gpt_config.vocab_size}")
+    else:
+        gpt_config = (SMALL_CONFIGS | GPT2_CONFIGS)[args.model]
+        vocab_size = args.vocab_size or gpt_config.vocab_size
+        if args.bin or vocab_size == GPTConfig.vocab_size:
+            tokenizer = Tokenizer.gpt2()
+        else:
+            tokenizer = Tokenizer.train(first_million(files), vocab_size)
+        gpt_config = replace(gpt_config, vocab_size=tokenizer.vocab_size)
+        if args.context_length is not None:
+            gpt_config = replace(gpt_config, context_length=args.context_length)
+    context_length = gpt_config.context_length if args.context_length is None else args.context_length
+    if context_length > gpt_config.context_length:
+        raise ValueError(f"--context-length {context_length} is more than the {gpt_config.context_length} of {args.init or out}")
+    gpt_config = replace(gpt_config, dropout=gpt_config.dropout if args.dropout is None else args.dropout)
+    torch.manual_seed(args.seed)
+    model = GPT(gpt_config)
+    if weights is not None:
+        model.load_state_dict(weights)
+    model.to(device)
+    if args.compile:
+        model.compile()  # in place, so the weights keep their names
+
+    # The data
+    if not args.bin:
+        bin_path = out.parent / f"{out.name}.bin"
+        if process_rank() == 0:
+            tokenize(files, tokenizer, bin_path)
+        wait_for_all()
+    shards = [(path.name, read_tokens(path, gpt_config.vocab_size)) for path in (files if args.bin else [bin_path])]
+    training, validation = make_datasets(shards, context_length, args.eval_windows)
+    micro_batch_size = args.micro_batch_size or max(1, args.batch_size // process_count())
+    train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed)
+    val_loader = create_dataloader(validation, micro_batch_size)
+
+    def save():
+        save_gpt2(model, tokenizer, out)
+
+    def sample():
+        generator = torch.Generator(device).manual_seed(args.seed)
+        prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
+        (ids,) = model.generate([prompt], 100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator)
+        text = (args.prompt + tokenizer.decode(ids)).strip()
+        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+
+    # What the run needs to be resumed anywhere on this machine, spelled out
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= {"bin" if args.bin else "text": [str(path.resolve()) for path in files], "dropout": gpt_config.dropout}
+    if process_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for name in ("resume.pt", "losses.csv", "losses.png"):
+                (out / name).unlink(missing_ok=True)
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{n_parameters / 1e6:.1f}M parameters, {len(training):,} windows of {context_length} tokens, "
+            f"{len(validation)} for validation; {device}"
+        )
+    stopped_by = train(
+        model, train_loader, val_loader, config, out, save=save, sample=sample, settings=settings, checkpoint=checkpoint
+    )
+    if process_rank() == 0:
+        if stopped_by:
+            print(f"stopped; go on with: python train.py --resume {out}")
+        else:
+            print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "Once"')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -264,7 +264,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, quick, tmp
 # ---------------------------------------------------------------------------------------------------------------------
 # Resuming
 
-LONG = [*QUICK, "--steps", 100, "--dropout", 0.1, "--eval-every", 20]
+TINY = ROOT / "tests" / "tiny-gpt2"
+LONG = ["--init", TINY, *QUICK[2:], "--steps", 200, "--dropout", 0.1, "--eval-every", 40]
 
 
 @pytest.fixture(scope="module")
@@ -298,12 +299,12 @@ def same_files(a, b):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_and_resumed_is_uninterrupted(uninterrupted, tmp_path, number, code):
     process = start("--out", tmp_path / "out", *LONG)
-    wait_for_step(tmp_path / "out", 20, process)
+    wait_for_step(tmp_path / "out", 40, process)
     process.send_signal(number)
     output, error = process.communicate(timeout=60)
     assert process.returncode == code and error == ""
     assert f"--resume {tmp_path / 'out'}" in output
-    assert 20 < len(read_losses(tmp_path / "out" / "losses.csv")) - 1 < 100
+    assert 40 < len(read_losses(tmp_path / "out" / "losses.csv")) - 1 < 200
     resume_to_the_end(tmp_path / "out")
     same_files(uninterrupted, tmp_path / "out")
 
@@ -311,7 +312,7 @@ def test_interrupted_and_resumed_is_uninterrupted(uninterrupted, tmp_path, numbe
 def test_killed_anywhere_and_resumed_is_uninterrupted(uninterrupted, tmp_path):
     out = tmp_path / "out"
     process = start("--out", out, *LONG)
-    for step, delay in [(0, 0.0), (20, 0.05), (60, 0.13)]:
+    for step, delay in [(0, 0.0), (40, 0.05), (120, 0.13)]:
         wait_for_step(out, step, process)
         time.sleep(delay)
         process.kill()

@@ -59,11 +59,11 @@ def option(default, help):
 
 @dataclass
 class TrainConfig:
-    steps: int = option(300, "updates of the weights")
-    batch_size: int = option(8, "rows in a step, over all processes")
-    micro_batch_size: int = option(0, "rows that go through the model at once; fewer take less memory. 0: all")
+    steps: int = option(200, "updates of the weights")
+    batch_size: int = option(16, "rows in a step, over all processes")
+    micro_batch_size: int = option(0, "rows that go through the model at once; 0: as many as fit")
     learning_rate: float = option(1e-3, "at its peak")
-    warmup: int = option(30, "steps in which the learning rate grows to its peak")
+    warmup: int = option(20, "steps in which the learning rate grows to its peak")
     weight_decay: float = option(0.1, "pull of matrices towards 0")
     grad_clip: float = option(1.0, "longest gradient that is followed whole")
     eval_every: int = option(50, "steps from one validation, sample and checkpoint to the next")
@@ -148,7 +148,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                 best_loss = val_loss
                 save()
             save_state()
-            print_line(f"{progress} | val {val_loss:.4f}", end="\n")
+            print_line(f"{progress} | val {val_loss:.4f}")
             if sample is not None:
                 sample()
 
@@ -200,8 +200,8 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                 f"step {step:5d}/{config.steps} | loss {train_loss:.4f} | {tokens / seconds:,.0f} tokens/s | "
                 f"{timedelta(seconds=round(left))} left"
             )
-            if rank == 0 and sys.stdout.isatty():
-                print_line(progress)
+            if rank == 0:
+                show_progress(progress)
             if step % config.eval_every == 0 or step == config.steps:
                 look_up()
                 tokens, seconds = 0, 0.0
@@ -302,9 +302,15 @@ def sum_over_processes(numbers, device):
 # What a run leaves behind
 
 
-def print_line(line, end="\r"):
-    """Over the line that shows the progress, where there is one"""
-    print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, end=end, flush=True)
+def show_progress(line):
+    """On a terminal, over the line before"""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="", flush=True)
+
+
+def print_line(line):
+    """For good, over the progress"""
+    print("\r\x1b[K" * sys.stdout.isatty() + line, flush=True)
 
 
 def write_losses(path, rows):
@@ -412,28 +418,32 @@ def tokenize(paths, tokenizer, bin_path):
         return tokenizer.encoding.encode_to_numpy(text, disallowed_special=()).astype("<u2").tobytes()
 
     size, done, start = sum(source[1] for source in sources), 0, time.perf_counter()
+    waiting = deque()  # a few chunks ahead of the file, no more, so that memory stays small however long the text
+
+    def write_next():
+        nonlocal done
+        n_characters, ids = waiting.popleft()
+        file.write(ids.result())
+        done += n_characters
+        show_progress(f"tokenizing: {done / size:.0%}, {done / (time.perf_counter() - start) / 1e6:.0f} million characters/s")
+
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     with complete_file(bin_path) as part, open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         file.write(bytes(HEADER_BYTES))
-        waiting = deque()  # a few chunks ahead, no more, so that memory stays small however long the text
         for path in paths:
             if path.stat().st_size == 0:
                 raise ValueError(f"{path}: empty")
             for text in read_chunks(path):
-                waiting.append(pool.submit(encode, text))
+                waiting.append((len(text), pool.submit(encode, text)))
                 if len(waiting) > 2 * os.cpu_count():
-                    file.write(waiting.popleft().result())
-                done += len(text)
-                if size > 10_000_000:
-                    speed = done / (time.perf_counter() - start) / 1e6
-                    print_line(f"tokenizing: {min(1, done / size):.0%}, {speed:.1f} million characters/s")
+                    write_next()
             while waiting:
-                file.write(waiting.popleft().result())
+                write_next()
             file.write(np.array(tokenizer.eot, dtype="<u2").tobytes())
         n_tokens = (file.tell() - HEADER_BYTES) // 2
         file.seek(0)
         file.write(np.array([MAGIC, VERSION, min(n_tokens, 2**31 - 1)], dtype="<i4").tobytes() + fingerprint)
-    print_line(f"{bin_path}: {n_tokens:,} tokens", end="\n")
+    print_line(f"{bin_path}: {n_tokens:,} tokens")
 
 
 def read_tokens(path, vocab_size):
@@ -567,6 +577,9 @@ def main():
     shards = [(path.name, read_tokens(path, gpt_config.vocab_size)) for path in (files if args.bin else [bin_path])]
     training, validation = make_datasets(shards, context_length, args.eval_windows)
     micro_batch_size = args.micro_batch_size or max(1, args.batch_size // process_count())
+    if not args.micro_batch_size and device.type == "cpu":
+        while micro_batch_size % 2 == 0 and micro_batch_size * context_length > 2048:
+            micro_batch_size //= 2  # more tokens at once take more memory, but on a CPU no less time
     train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed)
     val_loader = create_dataloader(validation, micro_batch_size)
 

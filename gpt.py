@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config: six numbers are the whole difference between the smallest and the largest GPT-2
+# Config: six numbers say what a GPT is; the published ones differ in three of them
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
 
 
-# Radford et al. 2019, table 2, and the distilled model that Hugging Face published beside them
+# Radford et al. 2019, table 2, and the distilled model that Hugging Face published later
 GPT2_CONFIGS = {
     "distilgpt2": GPTConfig(n_layer=6),  # 82M parameters
     "gpt2": GPTConfig(),  # 124M
@@ -55,7 +55,7 @@ GPT2_CONFIGS = {
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 
-# Sizes of our own, which two CPU cores train in minutes on a text of their own vocabulary
+# Sizes of our own, which two CPU cores train in minutes; their vocabulary, of at most this size, is learned from the text
 SMALL_CONFIGS = {
     "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),  # 4M
     "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),  # 12M
@@ -124,7 +124,7 @@ class Tokenizer:
     def train(cls, text, vocab_size):
         """
         Learn a vocabulary from a text: cut it into words, then again and again make the most frequent pair of neighbours
-        one token (Sennrich et al. 2016). It stays below vocab_size where the text has no more pairs that occur twice.
+        one token (Sennrich et al. 2016). The vocabulary stays smaller where no pair is left that occurs twice.
         """
         import regex  # comes with tiktoken; Python's own re does not know \p{L}
 
@@ -135,7 +135,7 @@ class Tokenizer:
         words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in count_of_word]  # each a list of tokens
         counts = list(count_of_word.values())
 
-        count_of_pair, words_with = Counter(), defaultdict(set)
+        count_of_pair, words_with = Counter(), defaultdict(set)  # pair -> how often, and the numbers of words that hold it
         for i, word in enumerate(words):
             for pair in zip(word, word[1:]):
                 count_of_pair[pair] += counts[i]
@@ -208,7 +208,7 @@ def parse_merges(text):
 
 @contextlib.contextmanager
 def complete_file(path):
-    """`with complete_file(path) as part:` write to `part`; it takes the name `path` when the block has ended well."""
+    """`with complete_file(path) as part:` write to `part`. Only a block without an error gives it the name `path`."""
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -253,7 +253,7 @@ class TokenDataset(Dataset):
             self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
         inputs, targets = window[:-1], window[1:].clone()
         if start < i * self.stride:
-            targets[: (i - 1) * self.stride + self.context_length - start] = -100
+            targets[: max(0, (i - 1) * self.stride + self.context_length - start)] = -100
         return inputs, targets
 
 
@@ -292,7 +292,8 @@ def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model: a stream of vectors, one per token. Attention moves information between tokens, the MLP works on each token by
-# itself, and each only adds to the stream. Parameter names are those of the published checkpoints.
+# itself, and each only adds to the stream. Parameter names are those of the published checkpoints, where a linear layer
+# is called c_something, because OpenAI wrote it as a convolution.
 
 
 class CausalSelfAttention(nn.Module):
@@ -308,30 +309,33 @@ class CausalSelfAttention(nn.Module):
     def project(self, x):
         """(B, T, C) -> queries, keys and values, (B, H, T, D) each"""
         B, T, C = x.shape
-        return [y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2)]
-
-    def forward(self, x, cache=None, positions=None, mask=None):
-        """(B, T, C) -> (B, T, C); see GPT.features for the cache"""
-        q, k, v = self.project(x)
-        if cache is not None:
-            keys, values = cache  # (B, H, columns, D), column t for the token at position t
-            rows = torch.arange(len(x), device=x.device)[:, None]
-            keys[rows, :, positions] = k.transpose(1, 2).type_as(keys)
-            values[rows, :, positions] = v.transpose(1, 2).type_as(values)
-            k, v = keys[:, :, : mask.size(-1)], values[:, :, : mask.size(-1)]
-        dropout = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        return [y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v)]
 
     def weights(self, x):
         """
-        What the fused kernel above never shows: how much token t takes from each token. (B, T, C) -> (B, H, T, T)
+        The heart of it, written out: how much token t takes from each token up to t. (B, T, C) -> (B, H, T, T)
         softmax(q k^T / sqrt(D)) with the future at -inf; Vaswani et al. 2017, section 3.2.1.
         """
         q, k, _ = self.project(x)
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(diagonal=1)
         return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
+    def forward(self, x, cache=None, positions=None, mask=None):
+        """(B, T, C) -> (B, T, C). The last three are for generation only, see GPT.features; skip them at first."""
+        q, k, v = self.project(x)
+        if cache is not None:
+            keys, values = cache  # (B, H, columns, D), column t for the token at position t
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            # Indexed by rows (B, 1) and positions (B, T), both of them have the shape (B, T, H, D)
+            keys[rows, :, positions] = k.transpose(1, 2).type_as(keys)
+            values[rows, :, positions] = v.transpose(1, 2).type_as(values)
+            k, v = keys[:, :, : mask.size(-1)], values[:, :, : mask.size(-1)]
+        dropout = self.dropout.p if self.training else 0.0
+        # weights(x) @ v in one kernel, which never holds the (T, T) weights in memory
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -364,20 +368,23 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019)."""
+    """
+    GPT-2 (Radford et al. 2019): a vector for each token, the blocks, and a score for every token that may come next.
+    (B, T) -> (B, T, V)
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # what each token is
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)  # where it stands
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # 2 L layers add to the stream; so scaled, its variance does not grow with their number
+                # Each block adds to the stream twice; scaled like this, the sum is as large however many blocks there are
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -396,16 +403,18 @@ class GPT(nn.Module):
             if T > self.config.context_length:
                 raise ValueError(f"{T} tokens do not fit in a context of {self.config.context_length}")
             positions = torch.arange(T, device=ids.device)[None]  # (1, T)
-        if cache is not None:
+        if cache is None:
+            cache = [None] * len(self.h)
+        else:
             columns = torch.arange(int(positions.max()) + 1, device=ids.device)
             mask = columns <= positions[:, None, :, None]  # (B, 1, T, columns)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
-        for i, block in enumerate(self.h):
-            x = block(x, cache and cache[i], positions, mask)
+        for block, block_cache in zip(self.h, cache):
+            x = block(x, block_cache, positions, mask)
         return self.ln_f(x)
 
     def head(self, x):
-        """Features to logits, by the table that also reads the tokens in. (..., C) -> (..., V)"""
+        """Features to logits: a token scores high where its vector in wte points the same way. (..., C) -> (..., V)"""
         return F.linear(x, self.wte.weight)
 
     def forward(self, ids, targets=None):
@@ -422,7 +431,12 @@ class GPT(nn.Module):
     def generate(self, prompts, max_new_tokens, **options):
         """
         Continue every prompt, all in one batch. prompts: lists of ids, of any lengths -> one list of new ids for each.
-        Options are those of `stream`; a row that meets eos_id ends there while the others go on.
+
+        temperature: 0 always takes the likeliest token; 1 (the default) samples from the model's own distribution.
+        top_k: sample among the k likeliest. top_p: among the fewest likeliest that together have probability p.
+        eos_id: ends a text, and is not given out. generator: a torch.Generator, for samples that can be repeated.
+
+        When a text outgrows the context, its newer half is read again from position 0 and the older half is forgotten.
         """
         new_ids = [[] for _ in prompts]
         for ids in self._steps(prompts, max_new_tokens, **options):
@@ -432,15 +446,7 @@ class GPT(nn.Module):
         return new_ids
 
     def stream(self, prompt, max_new_tokens, **options):
-        """
-        Yield the ids that continue one prompt, each as soon as it is known.
-
-        temperature: 0 always takes the likeliest token; 1 samples from the model's own distribution.
-        top_k: sample among the k likeliest. top_p: among the fewest likeliest that together have probability p.
-        eos_id: ends the text, and is not given out. generator: a torch.Generator, for samples that can be repeated.
-
-        When a text outgrows the context, its newer half is read again from position 0 and the older half is forgotten.
-        """
+        """The same for one prompt, but yielding each id as soon as it is known"""
         for (i,) in self._steps([prompt], max_new_tokens, **options):
             yield i
 
@@ -448,7 +454,7 @@ class GPT(nn.Module):
     def _steps(
         self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None
     ):
-        """Yield, step by step, the next id of each row, None for a row that has ended; until all have."""
+        """Yield a list for each step: the next id of each row, or None where the row has ended; until all have."""
         limit, device = self.config.context_length, self.wte.weight.device
         texts = [[int(i) for i in prompt] for prompt in prompts]  # what the model has before it, row by row
         for row, text in enumerate(texts):
@@ -461,7 +467,7 @@ class GPT(nn.Module):
 
         if not texts:
             return
-        modes = {module: module.training for module in self.modules()}
+        modes = {module: module.training for module in self.modules()}  # each by itself: parts may be frozen in eval mode
         self.eval()
         try:
             cache, ended = None, [False] * len(texts)
@@ -505,7 +511,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose one token for each row. (B, V) -> (B,)"""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature, None
+    # The largest becomes 0, so that a tiny temperature cannot make it infinite
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
+    ids = None
     if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the likeliest first
     probs = logits.softmax(dim=-1)
@@ -530,18 +538,18 @@ def tour():
     print(f"A text          {sentence!r}")
     print(f"its tokens      {'|'.join(pieces)}")
     print(f"their ids       {ids}")
+    inputs, targets = TokenDataset(ids, context_length=len(ids) - 1)[0]
+    print(f"to learn        {', '.join(f'{a!r} -> {b!r}' for a, b in zip(pieces[:4], pieces[1:5]))} ...")
 
     config = GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64)
     model = GPT(config)
-    inputs, targets = TokenDataset(ids, context_length=len(ids) - 1)[0]
     x = model.wte(inputs[None]) + model.wpe(torch.arange(len(inputs)))[None]
-    attention = model.h[0].attn
-    weights = attention.weights(model.h[0].ln_1(x))
-    print(f"\nAs vectors      {list(inputs[None].shape)} ids -> {list(x.shape)} (B, T, C), what each token is + where it stands")
-    print(f"attention       {list(weights.shape)} (B, H, T, T), how much each token takes from each; a row sums to 1")
-    print(f"                '{pieces[2]}' takes {', '.join(f'{w:.0%} from {p!r}' for w, p in zip(weights[0, 0, 2], pieces[:3]))}")
+    weights = model.h[0].attn.weights(model.h[0].ln_1(x))
+    logits = model(inputs[None])
+    print(f"\nTo vectors      {list(inputs[None].shape)} -> {list(x.shape)} (B, T, C): what each token is + where it stands")
+    print(f"attention       {list(weights.shape)} (B, H, T, T): how much each token takes from each")
     print(f"features        {list(model.features(inputs[None]).shape)} (B, T, C), after {config.n_layer} blocks")
-    print(f"logits          {list(model(inputs[None]).shape)} (B, T, V), a score for every token of the vocabulary")
+    print(f"logits          {list(logits.shape)} (B, T, V): a score for every token of the vocabulary")
 
     def show_guesses():
         probs = model(inputs[None])[0, -1].softmax(dim=-1)

@@ -1,7 +1,7 @@
 """
 Pretraining, and the one training loop through which everything here is trained.
 
-    python train.py                                             data/stories.txt -> out/stories, two minutes on a laptop
+    python train.py                                             data/stories.txt -> out/stories, in a minute or two
     python train.py --text book.txt --model gpt2 --out out/book
     python train.py --resume out/book
     torchrun --nproc_per_node=8 train.py --bin 'fineweb/*.bin' --model gpt2
@@ -79,7 +79,7 @@ class TrainConfig:
             raise ValueError(f"dtype={self.dtype} is not float32, bfloat16 or auto")
 
 
-def learning_rate(step, config):
+def scheduled_learning_rate(step, config):
     """Linear warmup, then half a cosine down to a tenth of the peak (Brown et al. 2020, appendix B); step counts from 0"""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
@@ -88,7 +88,7 @@ def learning_rate(step, config):
 
 
 def create_optimizer(model, config):
-    """AdamW, with weight decay on matrices only: pulled to 0, a LayerNorm or a bias would lose its meaning"""
+    """AdamW, with weight decay on matrices only: a LayerNorm or a bias pulled to 0 would lose its meaning"""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -136,8 +136,8 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
         with complete_file(out / "resume.pt") as part:
             torch.save(state, part)
 
-    def look_up():
-        """Lift the head from the work: measure, keep what is worth keeping, say something."""
+    def measure_and_save():
+        """Validate; keep the weights if they are the best so far, and the state; show how it goes."""
         nonlocal best_loss
         val_loss = evaluate(model, val_loader, autocast)
         if not math.isfinite(val_loss):
@@ -156,23 +156,24 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
     with catch_signals() as caught:
         if checkpoint is None:
             history.append({"step": 0, "train_loss": "", "learning_rate": "", "val_loss": ""})
-            look_up()
+            measure_and_save()
         batch_sampler.start, batch_sampler.step = step * micro_batches + rank, world_size
         batches = iter(train_loader)
         first_step, first_time = step, time.perf_counter()
-        tokens, seconds = 0, 0.0  # since the last look_up
+        tokens, seconds = 0, 0.0  # since the last measure_and_save
         while step < config.steps:
             step_time = time.perf_counter()
-            lr = learning_rate(step, config)
+            lr = scheduled_learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             step_batches = [next(batches) for _ in range(micro_batches // world_size)]
             n_targets = [int((batch[-1] != -100).sum()) for batch in step_batches]
             n_tokens = sum(batch[0].numel() for batch in step_batches)
             all_targets, all_tokens = sum_over_processes([sum(n_targets), n_tokens], device)
-            loss_sum = 0.0
+            loss_sum = torch.zeros((), device=device)
             for i, (batch, n) in enumerate(zip(step_batches, n_targets)):
-                # What dropout drops follows from the micro-batch's number, however many processes share the work
+                # What dropout drops follows from the micro-batch's number, however many processes share the work; the factor
+                # keeps the numbers of two seeds apart
                 torch.manual_seed(config.seed * 1_000_003 + step * micro_batches + i * world_size + rank)
                 is_last = i == len(step_batches) - 1
                 with contextlib.nullcontext() if is_last or world_size == 1 else parallel.no_sync():  # sync gradients once
@@ -180,9 +181,9 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                         loss = parallel(*(x.to(device, non_blocking=True) for x in batch))
                     # All targets of the step weigh the same, however it is cut; DDP will divide by world_size
                     (loss * (n * world_size / all_targets)).backward()
-                loss_sum += loss.item() * n
+                loss_sum += loss.detach() * n
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-            loss_sum, stops = sum_over_processes([loss_sum, len(caught)], device)
+            loss_sum, stops = sum_over_processes([loss_sum.item(), len(caught)], device)
             train_loss = loss_sum / all_targets
             if not math.isfinite(train_loss + norm):
                 raise FloatingPointError(
@@ -203,7 +204,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
             if rank == 0:
                 show_progress(progress)
             if step % config.eval_every == 0 or step == config.steps:
-                look_up()
+                measure_and_save()
                 tokens, seconds = 0, 0.0
             elif stops and rank == 0:
                 save_state()
@@ -309,8 +310,9 @@ def show_progress(line):
 
 
 def print_line(line):
-    """For good, over the progress"""
-    print("\r\x1b[K" * sys.stdout.isatty() + line, flush=True)
+    """In place of the progress, to stay"""
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    print(clear + line, flush=True)
 
 
 def write_losses(path, rows):
@@ -403,7 +405,7 @@ def read_chunks(path, n_characters=2**22):
 
 
 def tokenize(paths, tokenizer, bin_path):
-    """Write the texts' tokens, an end-of-text after each, into one token file, on all cores; or find that it is there."""
+    """Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already."""
     sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     known_by = json.dumps([sources, [[left.hex(), right.hex()] for left, right in tokenizer.merges]])
     fingerprint = hashlib.sha256(known_by.encode()).digest()
@@ -422,10 +424,10 @@ def tokenize(paths, tokenizer, bin_path):
 
     def write_next():
         nonlocal done
-        n_characters, ids = waiting.popleft()
+        n_bytes, ids = waiting.popleft()
         file.write(ids.result())
-        done += n_characters
-        show_progress(f"tokenizing: {done / size:.0%}, {done / (time.perf_counter() - start) / 1e6:.0f} million characters/s")
+        done += n_bytes
+        show_progress(f"tokenizing: {done / size:.0%}, {done / (time.perf_counter() - start) / 1e6:.0f} MB/s")
 
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     with complete_file(bin_path) as part, open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -434,7 +436,7 @@ def tokenize(paths, tokenizer, bin_path):
             if path.stat().st_size == 0:
                 raise ValueError(f"{path}: empty")
             for text in read_chunks(path):
-                waiting.append((len(text), pool.submit(encode, text)))
+                waiting.append((len(text.encode()), pool.submit(encode, text)))
                 if len(waiting) > 2 * os.cpu_count():
                     write_next()
             while waiting:
@@ -456,21 +458,21 @@ def read_tokens(path, vocab_size):
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
     if offset and (header[1] != VERSION or header[2] != min(len(tokens), 2**31 - 1)):
         raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {header[2]:,} (version {header[1]})")
-    largest = int(tokens[: 2**20].max())
+    largest = int(tokens[: 2**20].max())  # of the first million: a whole file may be too large to look through
     if largest >= vocab_size:
         raise ValueError(f"{path}: token id {largest} does not fit a vocabulary of {vocab_size}")
     return tokens
 
 
 def first_million(paths):
-    """The first million characters, as many from each text: enough to learn a vocabulary from in seconds"""
+    """A million characters, an equal share from each text: enough to learn a vocabulary from in seconds"""
     return "".join(next(read_chunks(path, 1_000_000 // len(paths) + 1), "") for path in paths)
 
 
 def make_datasets(shards, context_length, eval_windows):
     """
     (name, tokens) pairs -> (training windows, validation windows). Validation has the shards with "val" in their name, or else
-    the last tenth of the last shard, a million tokens at most; of that it takes windows evenly spread.
+    the last tenth of the last shard, a million tokens at most; about eval_windows windows are taken from it, evenly spread.
     """
     training = [tokens for name, tokens in shards if "val" not in name]
     validation = [tokens for name, tokens in shards if "val" in name]
@@ -493,7 +495,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--text", nargs="+", default=[str(Path(__file__).with_name("data") / "stories.txt")], help="files, folders, globs, URLs")
     add("--bin", nargs="+", help="instead of --text: token files of nanoGPT or llm.c; 'val' in a name is for validation")
-    add("--model", default="nano", choices=[*SMALL_CONFIGS, *GPT2_CONFIGS], help="sizes of the model")
+    add("--model", default="nano", choices=[*SMALL_CONFIGS, *GPT2_CONFIGS], help="sizes of the model; --init brings its own")
     add("--init", metavar="FOLDER", help="start from this GPT-2 instead of from random weights")
     add("--vocab-size", type=int, help="learn a vocabulary of this size from the text (default: the model's)")
     add("--context-length", type=int, help="tokens in a window (default: the model's)")
@@ -537,7 +539,11 @@ def main():
     device = start_processes(args.device)
 
     # The vocabulary, and the model on it: those of the run to be resumed, of --init, or new ones
+    if process_rank() != 0:
+        wait_for_all()  # while rank 0 fetches
     files = find_files(args.bin or args.text, out.parent)
+    if process_rank() == 0:
+        wait_for_all()
     weights = None
     if checkpoint is not None:
         gpt_config, tokenizer = read_config(out / "config.json"), Tokenizer.load(out)
@@ -574,7 +580,9 @@ def main():
         if process_rank() == 0:
             tokenize(files, tokenizer, bin_path)
         wait_for_all()
-    shards = [(path.name, read_tokens(path, gpt_config.vocab_size)) for path in (files if args.bin else [bin_path])]
+        shards = [("text", read_tokens(bin_path, gpt_config.vocab_size))]
+    else:
+        shards = [(path.name, read_tokens(path, gpt_config.vocab_size)) for path in files]
     training, validation = make_datasets(shards, context_length, args.eval_windows)
     micro_batch_size = args.micro_batch_size or max(1, args.batch_size // process_count())
     if not args.micro_batch_size and device.type == "cpu":

@@ -202,6 +202,13 @@ def test_stride():
     ]
 
 
+def test_stride_longer_than_a_window():
+    targets = [targets.tolist() for _, targets in TokenDataset(list(range(20)), 4, stride=10)]
+    assert targets == [[1, 2, 3, 4], [11, 12, 13, 14], [16, 17, 18, 19]]
+    targets = [targets.tolist() for _, targets in TokenDataset(list(range(17)), 4, stride=10)]
+    assert targets == [[1, 2, 3, 4], [11, 12, 13, 14], [-100, -100, 15, 16]]
+
+
 def test_a_text_shorter_than_a_window_is_refused():
     with pytest.raises(ValueError, match="shorter than one window"):
         TokenDataset(list(range(5)), context_length=5)

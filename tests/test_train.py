@@ -17,7 +17,7 @@ import torch
 import train as train_py
 from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
 from load_gpt2 import load_gpt2, one_line_errors
-from train import TrainConfig, create_optimizer, learning_rate, read_chunks, read_losses, read_tokens, tokenize, train
+from train import TrainConfig, create_optimizer, read_chunks, read_losses, read_tokens, scheduled_learning_rate, tokenize, train
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "data" / "stories.txt"
@@ -65,14 +65,14 @@ def quick(monkeypatch, capsys, tmp_path):
 
 def test_schedule_at_its_corners():
     config = TrainConfig(steps=100, warmup=10, learning_rate=1.0)
-    assert learning_rate(0, config) == pytest.approx(0.1)  # not 0, which would waste a step
-    assert learning_rate(9, config) == learning_rate(10, config) == 1.0
-    assert learning_rate(55, config) == pytest.approx(0.55)  # half way down
-    assert learning_rate(100, config) == pytest.approx(0.1)
-    assert learning_rate(1000, config) == pytest.approx(0.1)  # and not up again
-    assert learning_rate(0, TrainConfig(warmup=0, learning_rate=1.0)) == 1.0
-    assert learning_rate(3, TrainConfig(steps=3, warmup=5, learning_rate=1.0)) == pytest.approx(0.8)
-    rates = [learning_rate(step, config) for step in range(10, 101)]
+    assert scheduled_learning_rate(0, config) == pytest.approx(0.1)  # not 0, which would waste a step
+    assert scheduled_learning_rate(9, config) == scheduled_learning_rate(10, config) == 1.0
+    assert scheduled_learning_rate(55, config) == pytest.approx(0.55)  # half way down
+    assert scheduled_learning_rate(100, config) == pytest.approx(0.1)
+    assert scheduled_learning_rate(1000, config) == pytest.approx(0.1)  # and not up again
+    assert scheduled_learning_rate(0, TrainConfig(warmup=0, learning_rate=1.0)) == 1.0
+    assert scheduled_learning_rate(3, TrainConfig(steps=3, warmup=5, learning_rate=1.0)) == pytest.approx(0.8)
+    rates = [scheduled_learning_rate(step, config) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
 
 
@@ -394,6 +394,11 @@ def test_text_takes_files_folders_and_globs(quick, tmp_path):
         if i == 0:
             first = rows
         assert rows == first
+
+
+def test_a_text_may_have_val_in_its_name(quick, tmp_path):
+    (tmp_path / "carnival.txt").write_text(STORIES.read_text("utf-8"), encoding="utf-8")
+    assert quick("interval", "--text", tmp_path / "carnival.txt", "--steps", 2) == quick("a", "--steps", 2)
 
 
 def test_text_from_a_url_is_fetched_once(quick, tmp_path):

@@ -167,24 +167,9 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
             for group in optimizer.param_groups:
                 group["lr"] = lr
             step_batches = [next(batches) for _ in range(micro_batches // world_size)]
-            n_targets = [int((batch[-1] != -100).sum()) for batch in step_batches]
-            n_tokens = sum(batch[0].numel() for batch in step_batches)
-            all_targets, all_tokens = sum_over_processes([sum(n_targets), n_tokens], device)
-            loss_sum = torch.zeros((), device=device)
-            for i, (batch, n) in enumerate(zip(step_batches, n_targets)):
-                # What dropout drops follows from the micro-batch's number, however many processes share the work; the factor
-                # keeps the numbers of two seeds apart
-                torch.manual_seed(config.seed * 1_000_003 + step * micro_batches + i * world_size + rank)
-                is_last = i == len(step_batches) - 1
-                with contextlib.nullcontext() if is_last or world_size == 1 else parallel.no_sync():  # sync gradients once
-                    with autocast:
-                        loss = parallel(*(x.to(device, non_blocking=True) for x in batch))
-                    # All targets of the step weigh the same, however it is cut; DDP will divide by world_size
-                    (loss * (n * world_size / all_targets)).backward()
-                loss_sum += loss.detach() * n
+            loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-            loss_sum, stops = sum_over_processes([loss_sum.item(), len(caught)], device)
-            train_loss = loss_sum / all_targets
+            train_loss, stops = sum_over_processes([loss, len(caught)], device)
             if not math.isfinite(train_loss + norm):
                 raise FloatingPointError(
                     f"the loss is {train_loss} with a gradient of length {norm} at step {step + 1}; "
@@ -195,7 +180,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
             step += 1
             history.append({"step": step, "train_loss": train_loss, "learning_rate": lr, "val_loss": ""})
 
-            tokens, seconds = tokens + all_tokens, seconds + time.perf_counter() - step_time
+            tokens, seconds = tokens + step_tokens, seconds + time.perf_counter() - step_time
             left = (time.perf_counter() - first_time) / (step - first_step) * (config.steps - step)
             progress = (
                 f"step {step:5d}/{config.steps} | loss {train_loss:.4f} | {tokens / seconds:,.0f} tokens/s | "
@@ -212,7 +197,30 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                 break
     if rank == 0:
         plot_losses(history, out / "losses.png")
-    return caught[0] if caught else None
+    return (caught or [signal.SIGTERM])[0] if step < config.steps else None  # the signal may have gone to another process
+
+
+def backward(model, batches, autocast, seed):
+    """
+    Add up the gradients of the mean loss over all targets of a step, however it is cut into `batches` and over processes.
+    Returns this process's part of that mean, and the number of tokens that all of them have read.
+    """
+    device = next(model.parameters()).device
+    rank, world_size = process_rank(), process_count()
+    n_targets = [int((batch[-1] != -100).sum()) for batch in batches]
+    n_tokens = sum(batch[0].numel() for batch in batches)
+    all_targets, all_tokens = sum_over_processes([sum(n_targets), n_tokens], device)
+    loss_sum = torch.zeros((), device=device)
+    for i, (batch, n) in enumerate(zip(batches, n_targets)):
+        # What dropout drops follows from the number of the batch, whichever process has it
+        torch.manual_seed(hash((*seed, i * world_size + rank)))
+        is_last = i == len(batches) - 1
+        with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():  # DDP adds up over processes once
+            with autocast:
+                loss = model(*(x.to(device, non_blocking=True) for x in batch))
+            (loss * (n * world_size / all_targets)).backward()  # DDP will divide by world_size
+        loss_sum += loss.detach() * n
+    return loss_sum.item() / all_targets, all_tokens
 
 
 @torch.no_grad()

@@ -171,14 +171,142 @@ def change_weights(folder, **changes):
     write_safetensors(folder / "model.safetensors", tensors)
 
 
+def shard(folder, **changes):
+    """Cut the weights of a folder in two files with an index, as transformers does with large models"""
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names, weight_map = list(tensors), {}
+    for i, part in enumerate((names[:10], names[10:]), start=1):
+        write_safetensors(folder / f"model-0000{i}-of-00002.safetensors", {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, f"model-0000{i}-of-00002.safetensors")
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map | changes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+def test_shards(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    shard(tmp_path)
+    ids = torch.arange(10)[None]
+    assert torch.equal(load(tmp_path)[0](ids), load(TINY)[0](ids))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "a/b.safetensors", "..", "/etc/passwd", "..\\x.safetensors", "x.bin", "", 5, None, {}]
+)
+def test_names_of_shards_stay_in_the_folder(tmp_path, name):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    shard(tmp_path, **{"transformer.wte.weight": name})
+    with pytest.raises(ValueError, match="is no name of a shard"):
+        load(tmp_path)
+
+
+def test_shards_hold_what_the_index_says(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    shard(tmp_path, **{"transformer.wte.weight": "model-00001-of-00002.safetensors"})
+    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors: holds other tensors than"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_round_trip_in_every_dtype(tmp_path, dtype, sharded):
+    model, tokenizer = load(TINY)
+    for folder in ("a", "b"):
+        save_gpt2(model, tokenizer, tmp_path / folder, dtype=dtype)
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("a", "b")]
+    assert files[0] == files[1]
+    if sharded:
+        shard(tmp_path / "a")
+    as_in_file = load(tmp_path / "a", dtype=None)[0]
+    for (name, weight), loaded, in_file in zip(
+        model.state_dict().items(), load(tmp_path / "a")[0].parameters(), as_in_file.parameters(), strict=True
+    ):
+        assert in_file.dtype == dtype and torch.equal(in_file, weight.to(dtype))
+        assert loaded.dtype == torch.float32 and torch.equal(loaded, weight.to(dtype).float())
+    save_gpt2(as_in_file, tokenizer, tmp_path / "c", dtype=dtype)
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() == files[0]
+
+
+def test_weights_are_the_mapped_file_and_not_copies(tmp_path):
+    """Also where the header leaves them at an odd place, as in the files that OpenAI's weights were published in"""
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    content = (TINY / "model.safetensors").read_bytes()
+    n = struct.unpack("<Q", content[:8])[0]
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", n + 1) + content[8 : 8 + n] + b" " + content[8 + n :])
+    model, ids = load(tmp_path)[0], torch.arange(10)[None]
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    assert max(places) - min(places) < len(content) and all(place % 4 == 1 for place in places)
+    assert torch.equal(model(ids), load(TINY)[0](ids))
+    model(ids, ids).backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    change_weights(tmp_path, **{"transformer.wte.weight": torch.zeros(320, 24, dtype=torch.int8)})
+    with pytest.raises(ValueError, match="wte.weight has whole numbers"):
+        load(tmp_path)
+
+
+def test_ids_of_vocab_json(tmp_path):
+    """Tokenizers that were trained with Hugging Face's library often have their special tokens first."""
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    usual = Tokenizer.load(TINY)
+    vocab = {"<s>": 0, "<|endoftext|>": 1, "[PAD]": 2} | {name: i + 3 for name, i in usual.vocab.items() if i != usual.eot}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    change_config(tmp_path, vocab_size=322)
+    tensors = {"transformer.wte.weight": torch.randn(322, 24)}
+    change_weights(tmp_path, **tensors)
+    _, tokenizer = load(tmp_path)
+    text = "The old man, 12 <s> \n\n caf\u00e9"
+    assert tokenizer.encode(text) == [i + 3 for i in usual.encode(text)] and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eot == 1 and tokenizer.vocab_size == 322 and tokenizer.decode([0, 5000]) == "<s>\ufffd"
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).vocab == vocab
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"Ġt": 300, "he": 256}, "do not follow the order"),
+        ({"!": 5}, "do not follow"),
+        ({"!": -1}, "not a number"),
+        ({"!": "0"}, "not a number"),
+        ({"zzz": 320}, "no merge makes 'zzz'"),
+    ],
+)
+def test_vocab_json_must_fit_the_merges(tmp_path, change, message):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    vocab = json.loads((TINY / "vocab.json").read_text("utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | change), "utf-8")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_gpt2_without_tokenizer_files_has_gpt2s_own(tmp_path):
+    model = GPT(GPTConfig(context_length=8, n_layer=1, n_head=1, n_embd=4))
+    save_gpt2(model, Tokenizer.gpt2(), tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    (tmp_path / "vocab.json").unlink()
+    assert load(tmp_path)[1].encode("Hello, I am") == [15496, 11, 314, 716]
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: No such file"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in it; pickles"),
         (lambda f: (f / "merges.txt").unlink(), "merges.txt: No such file"),
+        (lambda f: (f / "vocab.json").unlink(), "vocab.json: No such file"),
+        (lambda f: [(f / name).unlink() for name in ("merges.txt", "vocab.json")], "no merges.txt and no tokenizer.json"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: not JSON"),
+        (lambda f: (f / "config.json").write_text(" " * 2**20 + "{}"), "bytes are too many"),
+        (lambda f: change_config(f, n_embd=[24]), "n_embd=[24] is no size"),
+        (lambda f: change_config(f, n_layer=2**23), "h.8388607.ln_1.weight is missing"),
+        (lambda f: change_config(f, reorder_and_upcast_attn=True), "reorder_and_upcast_attn=True"),
+        (lambda f: change_config(f, add_cross_attention=True), "add_cross_attention=True"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "model_type"),
+        (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
         (lambda f: change_config(f, model_type="llama"), "model_type"),
         (lambda f: change_config(f, n_head=5), "n_embd=24 does not divide into n_head=5"),
         (lambda f: change_config(f, n_layer="two"), "n_layer='two' is no size"),

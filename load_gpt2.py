@@ -145,14 +145,14 @@ def download(url, path, headers={}):
     length announced, and where a hub gives it, against its SHA-256. Raises Unavailable where no attempt helped,
     FileNotFoundError where the server has no such file, ValueError where it refuses.
     """
-    answer, waits, most = {}, list(WAITS), 0
+    answer, waits, most = requests.structures.CaseInsensitiveDict(), list(WAITS), 0
     if path.exists():
         return answer
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_part(path) as part:
         while not path.exists():  # another process may have fetched it while this one waited for the part
             try:
-                answer = fetch_rest(url, headers, part, answer)
+                fetch_rest(url, headers, part, answer)
                 if fcntl is None:
                     part.close()  # Windows renames no open file; elsewhere the lock must last until the new name stands
                 os.replace(part.name, path)
@@ -191,19 +191,20 @@ def open_part(path):
                 part.unlink()
 
 
-def fetch_rest(url, headers, part, earlier):
-    """One attempt to append what `part` lacks -> the answer's headers. earlier: those of the attempt that brought the rest"""
+def fetch_rest(url, headers, part, answer):
+    """One attempt to append to `part` what it lacks. answer: the headers of this process's last attempt, and then of this one"""
     start = part.seek(0, os.SEEK_END)
     wanted = {"Accept-Encoding": "identity", **headers} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         with requests.get(url, headers=wanted, stream=True, timeout=TIMEOUT) as response:
             check_status(url, response)
-            # A hub says what it knows of a file, and sends on to a storage host: the first word counts
-            answer = requests.structures.CaseInsensitiveDict()
-            for r in (response, *reversed(response.history)):
-                answer.update(r.headers)
+            earlier = answer.copy()
+            answer.clear()
+            for r in (response, *reversed(response.history)):  # a hub says what it knows and sends on to a storage host: its
+                answer.update(r.headers)  # word counts
             tag = answer.get("X-Linked-ETag") or (answer.get("ETag", "") if "X-Repo-Commit" in response.headers else "")
             sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
+            # What is here may be of another file: a hash will tell, otherwise it must be from this process and under one name
             same = sha256 or earlier and all(earlier.get(key) == answer.get(key) for key in ("ETag", "Last-Modified"))
             is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             if start and response.status_code != 200 and not (same and is_rest):
@@ -241,7 +242,6 @@ def fetch_rest(url, headers, part, earlier):
             raise Unavailable(message) if start else ValueError(message)  # pieces may have been of two files, one piece is not
     if done > 1e6:
         say(f"{Path(part.name).stem}: {done / 1e6:.0f} MB in {timedelta(seconds=round(time.monotonic() - began))}")
-    return answer
 
 
 def check_status(url, response):

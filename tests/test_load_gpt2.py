@@ -1,7 +1,10 @@
 import json
+import random
+import re
 import shutil
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,83 @@ def test_damaged_safetensors_are_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=str(tmp_path / "x")):
         read_safetensors(tmp_path / "x")
+
+
+def mutate(content, rng):
+    """A valid file, changed a little: in its length field, in the text of its header, in the header's values, or anywhere"""
+    n = struct.unpack("<Q", content[:8])[0]
+    header, data = content[8 : 8 + n], content[8 + n :]
+    kind = rng.randrange(8)
+    if kind == 0:
+        return struct.pack("<Q", rng.choice([0, 1, n - 1, n + 1, n + 8, len(content), 2**31, 2**63, 2**64 - 1])) + content[8:]
+    if kind == 1:
+        return content[: rng.randrange(len(content))] if rng.random() < 0.5 else content + bytes(rng.randrange(1, 9))
+    if kind == 2:
+        at = rng.randrange(len(content))
+        return content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
+    if kind == 3:  # a piece of the header elsewhere in it, or twice, or gone
+        a, b, c = sorted(rng.randrange(n + 1) for _ in range(3))
+        header = rng.choice([header[:a] + header[b:c] + header[a:], header[:a] + header[c:], header[:c] + header[a:]])
+    elif kind == 4:  # another number
+        number = rng.choice([0, 1, -1, 7, 8, 2**31, 2**63, 2**64, 10**30, 1.5, 1e999])
+        places = [m.span() for m in re.finditer(rb"\d+", header)]
+        a, b = rng.choice(places)
+        header = header[:a] + json.dumps(number).encode() + header[b:]
+    elif kind == 5:  # another value
+        entries = json.loads(header)
+        key = rng.choice(sorted(entries.keys() - {"__metadata__"}))
+        value = rng.choice([None, [], {}, "F32", "F8_E4M3", "U64", [0, 8], [8, 0], [2, 2], [[1]], True, "x" * 1000, [1] * 9, [0] * 3])
+        if rng.random() < 0.3:
+            entries[rng.choice([key, "", "a/../b"])] = value
+        else:
+            entries[key][rng.choice(["dtype", "shape", "data_offsets", "more"])] = value
+        header = json.dumps(entries).encode()
+    elif kind == 6:  # the data of two tensors exchanged or overlapping
+        entries = json.loads(header)
+        a, b = rng.sample(sorted(entries.keys() - {"__metadata__"}), 2)
+        field = rng.choice(["shape", "data_offsets", "dtype"])
+        entries[a][field], entries[b][field] = entries[b][field], entries[a][field]
+        header = json.dumps(entries).encode()
+    else:  # deep or long
+        header = rng.choice([b"[", b'{"a":', b"[[],", b"1", b'"', b'{"a":{}},', b" "]) * rng.choice([10, 100, 1000, 10_000, 100_000])
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def read_slowly(content):
+    """What a valid file holds, by other means: {name: (dtype, shape, bytes)}"""
+    (n,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + n])
+    entries.pop("__metadata__", None)
+    begin_end = {name: entry["data_offsets"] for name, entry in entries.items()}
+    data = {name: content[8 + n :][begin:end] for name, (begin, end) in begin_end.items()}
+    return {name: (entry["dtype"], entry["shape"], data[name]) for name, entry in entries.items()}
+
+
+def test_fuzz(tmp_path):
+    """2,500 damaged files: each is either read rightly or refused, in little time and memory"""
+    resource = pytest.importorskip("resource")  # not on Windows
+    rng, path, n_read = random.Random(0), tmp_path / "x", 0
+    tensors = {f"h.{i}.{name}": torch.randn(3, 4).to(dtype) for i, (name, dtype) in enumerate(DTYPES.items())}
+    write_safetensors(path, tensors | {"empty": torch.empty(0, 3), "scalar": torch.tensor(1.0)})
+    original, idle = path.read_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2500):
+        content = mutate(original, rng)
+        path.write_bytes(content)
+        start = time.perf_counter()
+        try:
+            tensors = read_safetensors(path)
+        except ValueError as error:
+            assert str(path) in str(error) and len(str(error)) < 1000
+        else:
+            n_read += 1
+            expected = read_slowly(content)
+            assert tensors.keys() == expected.keys()
+            for name, (dtype, shape, raw) in expected.items():
+                assert tensors[name].dtype == DTYPES[dtype] and list(tensors[name].shape) == shape
+                assert tensors[name].flatten().view(torch.uint8).numpy().tobytes() == raw
+        assert time.perf_counter() - start < 1
+    assert 100 < n_read < 1500
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * (1 if sys.platform == "darwin" else 1024) < 200e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

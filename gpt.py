@@ -202,13 +202,17 @@ def merge_pair(word, pair):
 
 
 def to_chars(token):
-    return "".join(CHAR_OF_BYTE[byte] for byte in token)
+    return token.decode("latin-1").translate(CHAR_OF_BYTE)
 
 
 def parse_merges(text):
-    """The lines of a merges.txt -> pairs of byte strings"""
+    """The lines of a merges.txt -> pairs of byte strings, each made of bytes or of what an earlier line has made"""
     lines = text.removeprefix("#version: 0.2\n").split("\n")  # later lines may start with "#": "# #" is a merge
-    return [tuple(bytes(BYTE_OF_CHAR[char] for char in half) for half in line.split(" ")) for line in lines if line]
+    merges, tokens = [], {char: bytes([byte]) for char, byte in BYTE_OF_CHAR.items()}
+    for left, right in (line.split(" ") for line in lines if line):
+        merges.append((tokens[left], tokens[right]))
+        tokens[left + right] = tokens[left] + tokens[right]
+    return merges
 
 
 @contextlib.contextmanager

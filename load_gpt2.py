@@ -643,13 +643,16 @@ def main():
         return list_names()
     if args.model is None:
         parser.error("a model is needed: a folder or a name on the hub")
+    if args.samples < 1:
+        parser.error("--samples must be at least 1")
 
     auto = torch.float32 if args.evaluate else fast_dtype(args.device)
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.evaluate:
         text = args.evaluate.read_bytes()
     else:
-        text = sys.stdin.buffer.read() if args.prompt == "-" else args.prompt.encode("utf-8")
+        # The shell's own way: what a command writes ends with a line break that is not meant
+        text = sys.stdin.buffer.read().removesuffix(b"\n") if args.prompt == "-" else args.prompt.encode("utf-8")
     try:
         text = text.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,8 +1,11 @@
+import io
 import json
+import math
 import random
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -170,13 +173,13 @@ def read_slowly(content):
 
 
 def test_fuzz(tmp_path):
-    """2,500 damaged files: each is either read rightly or refused, in little time and memory"""
+    """2,000 damaged files: each is either read rightly or refused, in little time and memory"""
     resource = pytest.importorskip("resource")  # not on Windows
     rng, path, n_read = random.Random(0), tmp_path / "x", 0
     tensors = {f"h.{i}.{name}": torch.randn(3, 4).to(dtype) for i, (name, dtype) in enumerate(DTYPES.items())}
     write_safetensors(path, tensors | {"empty": torch.empty(0, 3), "scalar": torch.tensor(1.0)})
     original, idle = path.read_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2500):
+    for _ in range(2000):
         content = mutate(original, rng)
         path.write_bytes(content)
         start = time.perf_counter()
@@ -423,15 +426,89 @@ def test_command_continues_a_prompt(monkeypatch, capsys):
     assert f"{len(ids)} tokens, " in error and "tokens/s" in error
 
 
+def test_samples_are_seeded(monkeypatch, capsys):
+    def samples(*args):
+        code, out, _ = run(monkeypatch, capsys, TINY, "--prompt", "The old", "--max-new-tokens", 8, "--dtype", "float32", *args)
+        assert code == 0
+        return out
+
+    first = samples("--samples", 2, "--seed", 3)
+    head, one, two = re.split(r"--- \d of 2\n", first)
+    assert head == "" and one != two and one == samples("--seed", 3) and first == samples("--samples", 2, "--seed", 3)
+    assert one.startswith("The old") and two.startswith("The old") and one != samples("--seed", 4)
+    # Only one token is left to choose from
+    assert samples("--top-k", 1) == samples("--top-p", 1e-6) == samples("--temperature", 0)
+
+
+@pytest.mark.parametrize("given, prompt", [(b"The old", "The old"), ("na\u00efve\r\n\n".encode(), "na\u00efve\r\n"), (b"", "")])
+def test_prompt_from_standard_input(monkeypatch, capsys, given, prompt):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    _, out, _ = run(monkeypatch, capsys, TINY, "--prompt", "-", "--max-new-tokens", 5)
+    assert out == run(monkeypatch, capsys, TINY, "--prompt", prompt, "--max-new-tokens", 5)[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    code, _, error = run(monkeypatch, capsys, TINY, "--prompt", "-")
+    assert code == 2 and "error: standard input: not a UTF-8 text" in error
+
+
+@pytest.mark.parametrize("stride", [1, 7, 47, 48, None])
+def test_evaluate(monkeypatch, capsys, tmp_path, stride):
+    """Against one token at a time, each with just the context that the windows give it"""
+    text = (ROOT / "data" / "stories.txt").read_text("utf-8")[:400]
+    (tmp_path / "text.txt").write_text(text, "utf-8")
+    model, tokenizer = load(TINY)
+    ids, total = tokenizer.encode(text), 0.0
+    for i in range(1, len(ids)):
+        start = next(start for start in range(0, len(ids), stride or 48) if i <= start + 48)
+        with torch.no_grad():
+            total -= model(torch.tensor([ids[start:i]]))[0, -1].log_softmax(-1)[ids[i]].item()
+    loss = total / (len(ids) - 1)
+    args = [] if stride is None else ["--stride", stride]
+    code, out, error = run(monkeypatch, capsys, TINY, "--evaluate", tmp_path / "text.txt", *args)
+    assert code == 0 and error == ""
+    expected = f"over {len(ids) - 1:,} tokens (context 48, stride {stride or 48}, float32)\n"
+    assert out.startswith(f"loss {loss:.4f} nats per token, perplexity ") and out.endswith(expected)
+    assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(math.exp(loss), abs=0.006)
+
+
+def test_evaluate_a_long_text_in_bfloat16(monkeypatch, capsys, tmp_path):
+    """Longer than a window by one token, and in steps"""
+    (tmp_path / "text.txt").write_text((ROOT / "data" / "stories.txt").read_text("utf-8")[:20_000], "utf-8")
+    args = [TINY, "--evaluate", tmp_path / "text.txt", "--stride", 40]
+    losses = [float(run(monkeypatch, capsys, *args, "--dtype", dtype)[1].split()[1]) for dtype in ("float32", "bfloat16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
+def test_a_vocabulary_that_is_larger_than_the_tokenizer(monkeypatch, capsys, tmp_path):
+    """Rows of padding in wte, as GPUs like them, have no text; they are shown as U+FFFD."""
+    torch.manual_seed(0)
+    save_gpt2(GPT(GPTConfig(5000, context_length=64, n_layer=1, n_head=1, n_embd=8)), Tokenizer([]), tmp_path)
+    code, out, _ = run(monkeypatch, capsys, tmp_path, "--top-k", 5000, "--max-new-tokens", 30)
+    assert code == 0 and "\ufffd" in out
+
+
+def test_help_shows_every_option():
+    result = subprocess.run([sys.executable, ROOT / "load_gpt2.py", "--help"], capture_output=True, text=True)
+    options = "list prompt max-new-tokens temperature top-k top-p seed samples evaluate stride dtype device".split()
+    assert result.returncode == 0 and all("--" + option in result.stdout for option in options)
+    assert "None" not in result.stdout
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["no-such-folder"], "no-such-folder"),
+        (["no-such-folder"], "no-such-folder is not a folder; names on the hub are distilgpt2, gpt2, "),
+        ([TINY, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        ([TINY, "--evaluate", "no-such.txt"], "no-such.txt: No such file"),
+        ([TINY, "--evaluate", TINY / "model.safetensors"], "model.safetensors: not a UTF-8 text"),
+        ([TINY, "--evaluate", TINY / "merges.txt", "--stride", 0], "stride of 1 to 48"),
+        ([TINY, "--evaluate", TINY / "merges.txt", "--stride", 49], "stride of 1 to 48"),
+        ([TINY, "--samples", 0], "--samples"),
+        ([TINY, "--top-p", 2], "top_p"),
         ([TINY, "--prompt", "word " * 100], "it must have 1 to 48"),
         ([TINY, "--top-k", "0"], "top_k"),
         ([TINY, "--top-k", "x"], "--top-k"),
         ([TINY, "--device", "abacus"], "abacus is not a device of this machine"),
-        ([], "folder"),
+        ([], "a model is needed: a folder or a name on the hub"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(monkeypatch, capsys, args, message):

@@ -85,28 +85,40 @@ class Tokenizer:
     Byte-level BPE as GPT-2 has it, run by tiktoken.
 
     merges: pairs of byte strings, in the order in which they were learned.
-    Ids: the 256 bytes, then one for each merge, then <|endoftext|>.
+    Ids: the 256 bytes, then one for each merge, then <|endoftext|>; or those of `vocab`, a vocab.json with other ids, which may
+    hold more special tokens, but must number the merges in their order, since tiktoken merges what has the lowest id.
     """
 
-    def __init__(self, merges):
+    def __init__(self, merges, vocab=None):
         self.merges = list(merges)
-        self.tokens = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in self.merges]
-        if len(set(self.tokens)) < len(self.tokens):
+        tokens = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in self.merges]
+        if len(set(tokens)) < len(tokens):
             raise ValueError("two merges make the same token")
-        self.eot = len(self.tokens)
-        self.vocab_size = self.eot + 1
-        ranks = {token: i for i, token in enumerate(self.tokens)}
+        chars = [to_chars(token) for token in tokens] + [END_OF_TEXT]
+        self.vocab = dict(zip(chars, range(len(chars)))) if vocab is None else vocab  # as vocab.json spells the tokens
+        if any(type(i) is not int or not 0 <= i < 2**24 for i in self.vocab.values()):
+            raise ValueError("an id is not a number, or absurd")
+        *ids, self.eot = [self.vocab[name] for name in chars]
+        if ids[256:] != sorted(ids[256:]) or len(set(self.vocab.values())) < len(self.vocab):
+            raise ValueError("the ids in vocab.json do not follow the order of the merges")
+        self.vocab_size = max(self.vocab.values()) + 1
+        special_tokens = {name: self.vocab[name] for name in self.vocab.keys() - set(chars) | {END_OF_TEXT}}
+        for name in special_tokens:  # by their form: anything else is what a merge makes, and that merge is missing
+            if name[:1] + name[-1:] not in ("<>", "[]"):
+                raise ValueError(f"no merge makes {name!r:.40}")
         self.encoding = tiktoken.Encoding(
-            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot}
+            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(zip(tokens, ids)), special_tokens=special_tokens
         )
+        self.tokens = {i: token for token, i in zip(tokens, ids)}
+        self.tokens |= {i: name.encode("utf-8") for name, i in special_tokens.items()}
 
     def encode(self, text):
         """str -> list of ids. "<|endoftext|>" in a text is plain characters: only `eot` itself ends a document."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
-        """Ids -> str. Bytes that are not UTF-8, such as half a character at the end, become U+FFFD."""
-        return self.encoding.decode(ids)
+        """Ids -> str. Bytes that are not UTF-8, such as half a character at the end, and unknown ids become U+FFFD."""
+        return b"".join(self.tokens.get(int(i), b"\xff") for i in ids).decode("utf-8", errors="replace")
 
     @classmethod
     def gpt2(cls):
@@ -158,29 +170,22 @@ class Tokenizer:
             del count_of_pair[best]
         return cls(merges)
 
-    def vocab(self):
-        """{token: id}, as vocab.json spells them"""
-        return {to_chars(token): i for i, token in enumerate(self.tokens)} | {END_OF_TEXT: self.eot}
-
     def save(self, folder):
         """Write merges.txt and vocab.json as Hugging Face's GPT2Tokenizer reads them."""
         merges = "".join(f"{to_chars(left)} {to_chars(right)}\n" for left, right in self.merges)
         with complete_file(Path(folder) / "merges.txt") as part:
             part.write_text("#version: 0.2\n" + merges, encoding="utf-8", newline="\n")
         with complete_file(Path(folder) / "vocab.json") as part:
-            part.write_text(json.dumps(self.vocab(), ensure_ascii=False), encoding="utf-8")
+            part.write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder):
         """Read what `save` wrote, or the files of a published GPT-2. Raises ValueError where they do not fit together."""
         try:
-            tokenizer = cls(parse_merges((Path(folder) / "merges.txt").read_text(encoding="utf-8")))
-            vocab = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
-        except (ValueError, KeyError) as error:
+            merges = parse_merges((Path(folder) / "merges.txt").read_text(encoding="utf-8"))
+            return cls(merges, json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder}: merges.txt or vocab.json is damaged ({error!r:.100})") from None
-        if vocab != tokenizer.vocab():
-            raise ValueError(f"{folder}: the ids in vocab.json are not those that merges.txt gives")
-        return tokenizer
 
 
 def merge_pair(word, pair):
@@ -197,13 +202,17 @@ def merge_pair(word, pair):
 
 
 def to_chars(token):
-    return "".join(CHAR_OF_BYTE[byte] for byte in token)
+    return token.decode("latin-1").translate(CHAR_OF_BYTE)
 
 
 def parse_merges(text):
-    """The lines of a merges.txt -> pairs of byte strings"""
+    """The lines of a merges.txt -> pairs of byte strings, each made of bytes or of what an earlier line has made"""
     lines = text.removeprefix("#version: 0.2\n").split("\n")  # later lines may start with "#": "# #" is a merge
-    return [tuple(bytes(BYTE_OF_CHAR[char] for char in half) for half in line.split(" ")) for line in lines if line]
+    merges, tokens = [], {char: bytes([byte]) for char, byte in BYTE_OF_CHAR.items()}
+    for left, right in (line.split(" ") for line in lines if line):
+        merges.append((tokens[left], tokens[right]))
+        tokens[left + right] = tokens[left] + tokens[right]
+    return merges
 
 
 @contextlib.contextmanager

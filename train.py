@@ -30,7 +30,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +39,7 @@ from gpt import GPT, GPT2_CONFIGS, SMALL_CONFIGS, GPTConfig, TokenDataset, Token
 from load_gpt2 import (
     CommandLine,
     default_device,
+    download,
     fast_dtype,
     load_gpt2,
     one_line_errors,
@@ -364,7 +364,8 @@ def find_files(names, folder):
     paths = []
     for name in names:
         if name.startswith(("http://", "https://")):
-            found = [fetch_once(name, folder)]
+            found = [folder / (re.sub(r"[^\w.-]", "_", name.rstrip("/").rsplit("/", 1)[-1]) or "text")]
+            download(name, found[0])
         elif Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
         else:
@@ -376,20 +377,6 @@ def find_files(names, folder):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     return paths
-
-
-def fetch_once(url, folder):
-    path = folder / (re.sub(r"[^\w.-]", "_", url.rstrip("/").rsplit("/", 1)[-1]) or "text")
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with requests.get(url, stream=True, timeout=30) as response, complete_file(path) as part, open(part, "wb") as file:
-                response.raise_for_status()
-                for block in response.iter_content(2**20):
-                    file.write(block)
-        except requests.RequestException as error:
-            raise ValueError(f"{url}: {error}") from None
-    return path
 
 
 def read_chunks(path, n_characters=2**22):
@@ -415,7 +402,7 @@ def read_chunks(path, n_characters=2**22):
 def tokenize(paths, tokenizer, bin_path):
     """Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already."""
     sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    known_by = json.dumps([sources, [[left.hex(), right.hex()] for left, right in tokenizer.merges]])
+    known_by = json.dumps([sources, tokenizer.vocab])
     fingerprint = hashlib.sha256(known_by.encode()).digest()
     if bin_path.exists():
         with open(bin_path, "rb") as file:
@@ -504,7 +491,7 @@ def parse_arguments():
     add("--text", nargs="+", default=[str(Path(__file__).with_name("data") / "stories.txt")], help="files, folders, globs, URLs")
     add("--bin", nargs="+", help="instead of --text: token files of nanoGPT or llm.c; 'val' in a name is for validation")
     add("--model", default="nano", choices=[*SMALL_CONFIGS, *GPT2_CONFIGS], help="sizes of the model; --init brings its own")
-    add("--init", metavar="FOLDER", help="start from this GPT-2 instead of from random weights")
+    add("--init", metavar="NAME", help="start from this GPT-2, a folder or a name on the hub, instead of from random weights")
     add("--vocab-size", type=int, help="learn a vocabulary of this size from the text (default: the model's)")
     add("--context-length", type=int, help="tokens in a window (default: the model's)")
     add("--dropout", type=float, help="share of activations dropped in training (default: the model's)")

@@ -474,6 +474,7 @@ def make_bad_inputs(folder):
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, args, message):
     make_bad_inputs(tmp_path)
+    monkeypatch.setattr("load_gpt2.WAITS", ())
     args = [arg.replace("{}", str(tmp_path)).replace("PORT", str(free_port())) for arg in args]
     out = [] if "--resume" in args else ["--out", tmp_path / "new" / "out"]
     code, _, error = run(monkeypatch, capsys, *args, *out)

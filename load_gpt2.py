@@ -137,12 +137,12 @@ class Unavailable(ConnectionError):
         self.wait = wait
 
 
-def download(url, path, headers={}):
+def download(url, path, token=""):
     """
     Fetch `url` into the file `path`, unless it is there, and return the headers of the answer.
 
     What has come stays in path.part, from where the next attempt, or the next process, goes on. The file is checked against the
-    length announced, and where a hub gives it, against its SHA-256. Raises Unavailable where no attempt helped,
+    length announced and, where a hub gives it, its SHA-256. token: who asks, for a hub. Raises Unavailable where no attempt helped,
     FileNotFoundError where the server has no such file, ValueError where it refuses.
     """
     answer, waits, most = requests.structures.CaseInsensitiveDict(), list(WAITS), 0
@@ -152,7 +152,7 @@ def download(url, path, headers={}):
     with open_part(path) as part:
         while not path.exists():  # another process may have fetched it while this one waited for the part
             try:
-                fetch_rest(url, headers, part, answer)
+                fetch_rest(url, token, part, answer)
                 if fcntl is None:
                     part.close()  # Windows renames no open file; elsewhere the lock must last until the new name stands
                 os.replace(part.name, path)
@@ -191,17 +191,19 @@ def open_part(path):
                 part.unlink()
 
 
-def fetch_rest(url, headers, part, answer):
+def fetch_rest(url, token, part, answer):
     """One attempt to append to `part` what it lacks. answer: the headers of this process's last attempt, and then of this one"""
     start = part.seek(0, os.SEEK_END)
-    wanted = {"Accept-Encoding": "identity", **headers} | ({"Range": f"bytes={start}-"} if start else {})
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    if token:
+        headers["Authorization"] = f"Bearer {token}"  # which requests keeps from other hosts that the answer may send it to
     try:
-        with requests.get(url, headers=wanted, stream=True, timeout=TIMEOUT) as response:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             check_status(url, response)
             earlier = answer.copy()
             answer.clear()
-            for r in (response, *reversed(response.history)):  # a hub says what it knows and sends on to a storage host: its
-                answer.update(r.headers)  # word counts
+            for r in (response, *reversed(response.history)):  # the hub, which may send on to a storage host, has the last word
+                answer.update(r.headers)
             tag = answer.get("X-Linked-ETag") or (answer.get("ETag", "") if "X-Repo-Commit" in response.headers else "")
             sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
             # What is here may be of another file: a hash will tell, otherwise it must be from this process and under one name
@@ -226,7 +228,7 @@ def fetch_rest(url, headers, part, answer):
         raise Unavailable(f"{url}: {getattr(error.args[0], 'reason', error) if error.args else error}") from None
     finally:
         part.flush()
-    if size is not None and done < size:
+    if size is not None and done < size:  # which urllib3 before 2.0 does not notice
         raise Unavailable(f"{url}: the connection broke after {done:,} of {size:,} bytes")
     if answer.get("X-Linked-Size", str(done)) != str(done):
         part.truncate(0)
@@ -249,7 +251,8 @@ def check_status(url, response):
     reason = f"{code} {response.headers.get('X-Error-Message') or response.reason}"
     if code == 429 or code >= 500:
         asked = response.headers.get("Retry-After", "")
-        raise Unavailable(f"{url}: {reason}", int(asked) if asked.isdecimal() else 0)
+        wait = int(asked) if asked.isdecimal() else 0
+        raise Unavailable(f"{url}: {reason}" + f", come back in {wait} s" * (wait > 0), wait)
     if code == 404:
         raise FileNotFoundError(errno.ENOENT, f"the server has no such file ({reason})", url)
     if code not in (200, 206, 416):  # 416: it has nothing from there on, so what is here cannot be right
@@ -265,6 +268,7 @@ def say(line, end="\n"):
 # The hub, and the cache that Hugging Face's own tools use: models--OWNER--NAME/snapshots/COMMIT/FILE, and the commit of a
 # branch in refs/. Where theirs has links to a folder of blobs ours has the files themselves, as theirs on systems without links.
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of their shards
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS} | {"distilgpt2": "distilbert/distilgpt2"}
 
 
@@ -300,23 +304,21 @@ def fetch_from_hub(name, revision):
     """A name on the hub -> its folder in the cache, after fetching what is not there yet, all of it of the same commit"""
     if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise ValueError(f"{name} is not a folder; names on the hub are {', '.join(HUB_NAMES)} and OWNER/NAME")
-    owner_name, token = HUB_NAMES.get(name, name), hf_token()
+    owner_name, token, folder = HUB_NAMES.get(name, name), hf_token(), cached_snapshot(name, revision)
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def fetch_one_of(*files):
         """The first that is cached, or else the first that the repository has -> its name, or None"""
         for file in [file for file in files if (folder / file).exists()] or files:
             with contextlib.suppress(FileNotFoundError):
-                download(f"{endpoint}/{owner_name}/resolve/{folder.name}/{file}", folder / file, headers)
+                download(f"{endpoint}/{owner_name}/resolve/{folder.name}/{file}", folder / file, token)
                 return file
 
     try:
-        folder = cached_snapshot(name, revision)
         if folder is None:
             with tempfile.TemporaryDirectory() as scratch:
                 url = f"{endpoint}/{owner_name}/resolve/{revision}/config.json"
-                commit = download(url, Path(scratch) / "config.json", headers).get("X-Repo-Commit", "")
+                commit = download(url, Path(scratch) / "config.json", token).get("X-Repo-Commit", "")
             commit = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
             folder = cached_repository(owner_name) / "snapshots" / commit
             ref = cached_repository(owner_name) / "refs" / revision
@@ -333,13 +335,14 @@ def fetch_from_hub(name, revision):
             fetch_one_of("vocab.json")
     except Unavailable as error:
         raise ValueError(
-            f"{error}. Nothing came of {len(WAITS) + 1} attempts, and {cached_repository(owner_name)} does not hold it; "
-            "go on with a folder instead of a name, or with a mirror in HF_ENDPOINT"
+            f"{error}; and {cached_repository(owner_name)} does not hold it. "
+            "Try again later, give a folder instead of a name, or set HF_ENDPOINT to a mirror"
         ) from None
     except (FileNotFoundError, ValueError) as error:
         if folder is not None:
             raise
-        raise ValueError(f"{name} is not a folder, and the hub refuses: {error}. A private or gated repository needs HF_TOKEN") from None
+        hint = "A private or gated repository needs HF_TOKEN"
+        raise ValueError(f"{name} is not a folder, and the hub refuses: {error}. {hint}") from None
     return folder
 
 
@@ -347,7 +350,6 @@ def fetch_from_hub(name, revision):
 # Hugging Face's folder: config.json, model.safetensors, merges.txt, vocab.json
 
 # OpenAI wrote these four matrices as (in, out); nn.Linear holds (out, in)
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of its shards
 TRANSPOSED = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
 
 

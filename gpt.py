@@ -207,7 +207,9 @@ def to_chars(token):
 
 def parse_merges(text):
     """The lines of a merges.txt -> pairs of byte strings, each made of bytes or of what an earlier line has made"""
-    lines = text.removeprefix("#version: 0.2\n").split("\n")  # later lines may start with "#": "# #" is a merge
+    lines = text.split("\n")
+    if lines[0].startswith("#version"):  # no other line with "#" is a comment: "# #" is a merge
+        del lines[0]
     merges, tokens = [], {char: bytes([byte]) for char, byte in BYTE_OF_CHAR.items()}
     for left, right in (line.split(" ") for line in lines if line):
         merges.append((tokens[left], tokens[right]))
@@ -245,7 +247,10 @@ class TokenDataset(Dataset):
             raise ValueError(
                 f"a text of {len(tokens):,} tokens is shorter than one window of context_length={context_length} tokens + 1"
             )
-        self.tokens, self.context_length, self.stride = tokens, context_length, stride or context_length
+        self.tokens, self.context_length = tokens, context_length
+        self.stride = context_length if stride is None else stride
+        if context_length < 1 or self.stride < 1:
+            raise ValueError(f"context_length={context_length} and stride={self.stride} must be at least 1")
         self.last_start = len(tokens) - 1 - context_length
 
     def __len__(self):
@@ -257,7 +262,7 @@ class TokenDataset(Dataset):
         start = min(i * self.stride, self.last_start)
         # int64, because that is what an embedding takes; files hold uint16
         window = torch.tensor(np.asarray(self.tokens[start : start + self.context_length + 1], dtype=np.int64))
-        if isinstance(self.tokens, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        if isinstance(self.tokens, np.memmap) and self.tokens.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
             # Pages once read stay counted as this process's memory, up to the whole file, unless they are given back
             self.tokens._mmap.madvise(mmap.MADV_DONTNEED)
         inputs, targets = window[:-1], window[1:].clone()
@@ -518,10 +523,9 @@ class GPT(nn.Module):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose one token for each row. (B, V) -> (B,)"""
-    if temperature == 0:
+    if temperature < 1e-6:  # so near to 0 that nothing but the likeliest could be drawn
         return logits.argmax(dim=-1)
-    # The largest becomes 0, so that a tiny temperature cannot make it infinite
-    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
+    logits = logits.float() / temperature
     ids = None
     if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the likeliest first

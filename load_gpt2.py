@@ -543,7 +543,7 @@ def fast_dtype(device):
 def usable_device(name):
     """The name of a device, once it is sure that it works"""
     try:
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{name} is not a device of this machine") from None
     return name
@@ -567,6 +567,9 @@ class CommandLine(argparse.ArgumentParser):
 @contextlib.contextmanager
 def one_line_errors():
     """What the user can mend ends the program with one line and exit code 2; a traceback is for our own mistakes."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a training
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

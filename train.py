@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import glob
 import hashlib
 import importlib.util
@@ -33,7 +34,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, default_collate
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from gpt import GPT, GPT2_CONFIGS, SMALL_CONFIGS, GPTConfig, TokenDataset, Tokenizer, complete_file, create_dataloader
 from load_gpt2 import (
@@ -75,6 +81,8 @@ class TrainConfig:
             raise ValueError("steps, batch size and eval-every must be at least 1, and no number may be negative")
         if not (self.learning_rate > 0 and self.grad_clip > 0 and self.weight_decay >= 0):
             raise ValueError("learning rate and grad-clip must be above 0, and weight decay not below")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} is more than 32 bits")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype} is not float32, bfloat16 or auto")
 
@@ -124,6 +132,8 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], read_losses(out / "losses.csv")
         history = history[: step + 1]  # row n is step n
+        if len(history) <= step:
+            raise ValueError(f"{out / 'losses.csv'}: {len(history)} rows, where {out / 'resume.pt'} has done {step} steps")
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
@@ -134,7 +144,10 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
         state = {"step": step, "best_loss": best_loss, "settings": settings}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         with complete_file(out / "resume.pt") as part:
-            torch.save(state, part)
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # so torch says that the disk is full
+                raise OSError(errno.EIO, f"cannot be written ({error!s:.60}); is the disk full?", str(part)) from None
 
     def measure_and_save():
         """Validate; keep the weights if they are the best so far, and the state; show how it goes."""
@@ -294,8 +307,13 @@ def process_count():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wait_for_all():
-    if dist.is_initialized():
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 does the work in this block while the others wait; then they find it done"""
+    if process_rank() != 0:
+        dist.barrier()
+    yield
+    if process_rank() == 0 and dist.is_initialized():
         dist.barrier()
 
 
@@ -321,6 +339,27 @@ def print_line(line):
     """In place of the progress, to stay"""
     clear = "\r\x1b[K" if sys.stdout.isatty() else ""
     print(clear + line, flush=True)
+
+
+@contextlib.contextmanager
+def sole_run(out):
+    """Make the folder `out` and hold it: the files of two runs at once would mix. Leave none behind if nothing came of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise ValueError(f"{out}: another run is at work in this folder") from None
+        finally:
+            os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # only where it is empty
 
 
 def write_losses(path, rows):
@@ -364,18 +403,19 @@ def find_files(names, folder):
     paths = []
     for name in names:
         if name.startswith(("http://", "https://")):
-            found = [folder / (re.sub(r"[^\w.-]", "_", name.rstrip("/").rsplit("/", 1)[-1]) or "text")]
+            last = re.sub(r"[^\w.-]", "_", name.rstrip("/").rsplit("/", 1)[-1])
+            found = [folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{last}"]
             download(name, found[0])
         elif Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
         else:
-            found = [Path(path) for path in sorted(glob.glob(name, recursive=True))] or [Path(name)]
+            found = [Path(name)] if Path(name).is_file() else [Path(path) for path in sorted(glob.glob(name, recursive=True))]
         if not found:
-            raise ValueError(f"{name}: no *.txt in this folder")
+            raise ValueError(f"{name}: no *.txt in this folder" if Path(name).is_dir() else f"{name}: no such file")
         paths += found
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: empty")
     return paths
 
 
@@ -386,7 +426,7 @@ def read_chunks(path, n_characters=2**22):
     """
     rest = ""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             while chunk := file.read(n_characters):
                 chunk = rest + chunk
                 last_word = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(chunk)
@@ -399,22 +439,29 @@ def read_chunks(path, n_characters=2**22):
         yield rest
 
 
+def data_fingerprint(paths, tokenizer):
+    """32 bytes that change when a file or the vocabulary does"""
+    sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return hashlib.sha256(json.dumps([sources, tokenizer.vocab]).encode()).digest()
+
+
 def tokenize(paths, tokenizer, bin_path):
     """Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already."""
-    sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    known_by = json.dumps([sources, tokenizer.vocab])
-    fingerprint = hashlib.sha256(known_by.encode()).digest()
+    fingerprint = data_fingerprint(paths, tokenizer)
     if bin_path.exists():
         with open(bin_path, "rb") as file:
-            if file.read(12 + len(fingerprint))[12:] == fingerprint:
-                return
+            magic, known = file.read(4), file.read(8 + len(fingerprint))[8:]
+        if known == fingerprint:
+            return
+        if magic != MAGIC.to_bytes(4, "little"):
+            raise ValueError(f"{bin_path}: would be replaced by the tokens of the text, but is something else; choose another --out")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer.vocab_size:,} tokens do not fit the 16 bits of a token file")
 
     def encode(text):
         return tokenizer.encoding.encode_to_numpy(text, disallowed_special=()).astype("<u2").tobytes()
 
-    size, done, start = sum(source[1] for source in sources), 0, time.perf_counter()
+    size, done, start = sum(path.stat().st_size for path in paths), 0, time.perf_counter()
     waiting = deque()  # a few chunks ahead of the file, no more, so that memory stays small however long the text
 
     def write_next():
@@ -428,8 +475,6 @@ def tokenize(paths, tokenizer, bin_path):
     with complete_file(bin_path) as part, open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         file.write(bytes(HEADER_BYTES))
         for path in paths:
-            if path.stat().st_size == 0:
-                raise ValueError(f"{path}: empty")
             for text in read_chunks(path):
                 waiting.append((len(text.encode()), pool.submit(encode, text)))
                 if len(waiting) > 2 * os.cpu_count():
@@ -443,7 +488,7 @@ def tokenize(paths, tokenizer, bin_path):
     print_line(f"{bin_path}: {n_tokens:,} tokens")
 
 
-def read_tokens(path, vocab_size):
+def read_tokens(path):
     """A token file, llm.c's (with a header) or nanoGPT's (bare uint16) -> np.memmap of its ids"""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
@@ -453,9 +498,6 @@ def read_tokens(path, vocab_size):
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
     if offset and (header[1] != VERSION or header[2] != min(len(tokens), 2**31 - 1)):
         raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {header[2]:,} (version {header[1]})")
-    largest = int(tokens[: 2**20].max())  # of the first million: a whole file may be too large to look through
-    if largest >= vocab_size:
-        raise ValueError(f"{path}: token id {largest} does not fit a vocabulary of {vocab_size}")
     return tokens
 
 
@@ -477,7 +519,7 @@ def make_datasets(shards, context_length, eval_windows):
         held_out = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
         validation = [training[-1][-held_out:]]
         training[-1] = training[-1][:-held_out]
-    stride = max(context_length, sum(len(tokens) for tokens in validation) // eval_windows)
+    stride = max(context_length, math.ceil(sum(len(tokens) for tokens in validation) / eval_windows))
     return (
         ConcatDataset([TokenDataset(tokens, context_length) for tokens in training]),
         ConcatDataset([TokenDataset(tokens, context_length, stride) for tokens in validation]),
@@ -488,7 +530,7 @@ def parse_arguments():
     """The command line; with --resume, on top of what the run to be resumed was started with"""
     parser = CommandLine(description="Train a GPT on a text.")
     add = parser.add_argument
-    add("--text", nargs="+", default=[str(Path(__file__).with_name("data") / "stories.txt")], help="files, folders, globs, URLs")
+    add("--text", nargs="+", help="files, folders, globs, URLs (default: data/stories.txt)")
     add("--bin", nargs="+", help="instead of --text: token files of nanoGPT or llm.c; 'val' in a name is for validation")
     add("--model", default="nano", choices=[*SMALL_CONFIGS, *GPT2_CONFIGS], help="sizes of the model; --init brings its own")
     add("--init", metavar="NAME", help="start from this GPT-2, a folder or a name on the hub, instead of from random weights")
@@ -504,21 +546,34 @@ def parse_arguments():
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile the model")
     for f in fields(TrainConfig):
         add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
-    args = parser.parse_args()
-    if not args.resume:
-        return args, None
+    args, checkpoint = parser.parse_args(), None
+    if args.resume:
+        for name in ("out", "overwrite", "init", "model", "vocab_size"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
+        checkpoint = read_checkpoint(args.resume / "resume.pt")
+        parser.set_defaults(**checkpoint["settings"])
+        args = parser.parse_args()
+        args.out = args.resume
+    if args.text and args.bin:
+        parser.error("--text and --bin do not go together")
+    if not args.text and not args.bin:
+        args.text = [str(Path(__file__).with_name("data") / "stories.txt")]
+    if args.eval_windows < 1:
+        parser.error("--eval-windows must be at least 1")
+    return args, checkpoint
 
-    path = args.resume / "resume.pt"
+
+def read_checkpoint(path):
     if not path.exists():
         raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if not isinstance(checkpoint, dict) or {"step", "best_loss", "model", "optimizer", "settings"} - checkpoint.keys():
+            raise ValueError("not the state of a run")
+        return checkpoint
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: damaged ({error!r:.100})") from None
-    parser.set_defaults(**checkpoint["settings"])
-    args = parser.parse_args()
-    args.out = args.resume
-    return args, checkpoint
 
 
 # What belongs to one start of the program, not to the run
@@ -528,28 +583,41 @@ NOT_SETTINGS = ("out", "overwrite", "resume", "device", "compile")
 def main():
     args, checkpoint = parse_arguments()
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    out = args.out or Path("out") / Path((args.bin or args.text)[0]).stem
+    name = re.sub(r"\W+", "-", Path((args.bin or args.text)[0]).stem).strip("-") or "text"
+    out = args.out or Path("out") / name
     if checkpoint is None and not args.overwrite and any((out / name).exists() for name in ("resume.pt", "config.json")):
         raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME leaves it alone")
     device = start_processes(args.device)
-
-    # The vocabulary, and the model on it: those of the run to be resumed, of --init, or new ones
-    if process_rank() != 0:
-        wait_for_all()  # while rank 0 fetches
-    files = find_files(args.bin or args.text, out.parent)
+    with sole_run(out) if process_rank() == 0 else contextlib.nullcontext():
+        stopped_by = pretrain(args, config, checkpoint, out, device)
     if process_rank() == 0:
-        wait_for_all()
+        if stopped_by:
+            print(f"stopped; go on with: python train.py --resume {out}")
+        else:
+            print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "The old man"')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+
+
+def pretrain(args, config, checkpoint, out, device):
+    """What the command line asks for, made ready for `train`"""
+    # The vocabulary, and the model on it: those of the run to be resumed, of --init, or new ones
+    with rank_0_first():
+        files = find_files(args.bin or args.text, out.parent)
     weights = None
     if checkpoint is not None:
         gpt_config, tokenizer = read_config(out / "config.json"), Tokenizer.load(out)
     elif args.init:
-        loaded, tokenizer = load_gpt2(args.init)
+        with rank_0_first():
+            loaded, tokenizer = load_gpt2(args.init)
         gpt_config, weights = loaded.config, loaded.state_dict()
         if args.vocab_size not in (None, gpt_config.vocab_size):
             raise ValueError(f"--vocab-size {args.vocab_size} does not fit {args.init}, which has {gpt_config.vocab_size}")
     else:
         gpt_config = (SMALL_CONFIGS | GPT2_CONFIGS)[args.model]
-        vocab_size = args.vocab_size or gpt_config.vocab_size
+        vocab_size = gpt_config.vocab_size if args.vocab_size is None else args.vocab_size
         if args.bin or vocab_size == GPTConfig.vocab_size:
             tokenizer = Tokenizer.gpt2()
         else:
@@ -561,6 +629,9 @@ def main():
     if context_length > gpt_config.context_length:
         raise ValueError(f"--context-length {context_length} is more than the {gpt_config.context_length} of {args.init or out}")
     gpt_config = replace(gpt_config, dropout=gpt_config.dropout if args.dropout is None else args.dropout)
+    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
+    if len(prompt) > gpt_config.context_length:
+        raise ValueError(f"--prompt has {len(prompt)} tokens, more than the context of {gpt_config.context_length}")
     torch.manual_seed(args.seed)
     model = GPT(gpt_config)
     if weights is not None:
@@ -570,57 +641,59 @@ def main():
         model.compile()  # in place, so the weights keep their names
 
     # The data
-    if not args.bin:
-        bin_path = out.parent / f"{out.name}.bin"
-        if process_rank() == 0:
-            tokenize(files, tokenizer, bin_path)
-        wait_for_all()
-        shards = [("text", read_tokens(bin_path, gpt_config.vocab_size))]
+    fingerprint = data_fingerprint(files, tokenizer).hex()
+    if checkpoint is not None and checkpoint["settings"]["data"] != fingerprint:
+        raise ValueError(f"the text of {out} is not what it was when the run began; a new run can go on from it: --init {out}")
+    if args.bin:
+        shards = [(path.name, read_tokens(path)) for path in files]
     else:
-        shards = [(path.name, read_tokens(path, gpt_config.vocab_size)) for path in files]
+        bin_path = out.parent / f"{out.name}.bin"
+        with rank_0_first():
+            tokenize(files, tokenizer, bin_path)
+        shards = [("text", read_tokens(bin_path))]
     training, validation = make_datasets(shards, context_length, args.eval_windows)
     micro_batch_size = args.micro_batch_size or max(1, args.batch_size // process_count())
     if not args.micro_batch_size and device.type == "cpu":
         while micro_batch_size % 2 == 0 and micro_batch_size * context_length > 2048:
             micro_batch_size //= 2  # more tokens at once take more memory, but on a CPU no less time
-    train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed)
-    val_loader = create_dataloader(validation, micro_batch_size)
+
+    def collate(windows):
+        inputs, targets = default_collate(windows)
+        if max(inputs.max(), targets.max()) >= gpt_config.vocab_size:
+            raise ValueError(f"token id {max(inputs.max(), targets.max())} does not fit a vocabulary of {gpt_config.vocab_size}")
+        return inputs, targets
+
+    train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed, collate_fn=collate)
+    val_loader = create_dataloader(validation, micro_batch_size, collate_fn=collate)
+
+    old_files = [out / name for name in ("config.json", "resume.pt", "losses.csv", "losses.png")] if args.overwrite else []
 
     def save():
+        while old_files:  # only now is it sure that there is something to replace them with
+            old_files.pop().unlink(missing_ok=True)
         save_gpt2(model, tokenizer, out)
 
     def sample():
         generator = torch.Generator(device).manual_seed(args.seed)
-        prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-        (ids,) = model.generate([prompt], 100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator)
+        (ids,) = model.generate(
+            [prompt], max_new_tokens=100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator
+        )
         text = (args.prompt + tokenizer.decode(ids)).strip()
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
     # What the run needs to be resumed anywhere on this machine, spelled out
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"bin" if args.bin else "text": [str(path.resolve()) for path in files], "dropout": gpt_config.dropout}
+    settings |= {"bin" if args.bin else "text": [str(path.resolve()) for path in files]}
+    settings |= {"dropout": gpt_config.dropout, "data": fingerprint}
     if process_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for name in ("resume.pt", "losses.csv", "losses.png"):
-                (out / name).unlink(missing_ok=True)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"{n_parameters / 1e6:.1f}M parameters, {len(training):,} windows of {context_length} tokens, "
             f"{len(validation)} for validation; {device}"
         )
-    stopped_by = train(
+    return train(
         model, train_loader, val_loader, config, out, save=save, sample=sample, settings=settings, checkpoint=checkpoint
     )
-    if process_rank() == 0:
-        if stopped_by:
-            print(f"stopped; go on with: python train.py --resume {out}")
-        else:
-            print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "Once"')
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if stopped_by:
-        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys, tmp_path, 
     )
 
 
-def test_two_processes_do_what_one_does(quick, tmp_path):
+def test_two_processes_do_what_one_does(monkeypatch, capsys, quick, tmp_path):
     one = quick("one", "--dropout", 0.1, "--micro-batch-size", 4)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = start("--out", tmp_path / "two", *QUICK, "--dropout", 0.1, "--micro-batch-size", 4, launcher=launcher)
@@ -182,8 +182,8 @@ def test_two_processes_do_what_one_does(quick, tmp_path):
         assert a == pytest.approx(b, rel=1e-5)
     assert output.count("step    12/12") == 1  # only one of them speaks
     # and one process can go on with what two began
-    resumed = quick("two", "--resume", tmp_path / "two", "--steps", 16)
-    assert len(resumed) == 17
+    assert run(monkeypatch, capsys, "--resume", tmp_path / "two", "--steps", 16)[0] == 0
+    assert len(read_losses(tmp_path / "two" / "losses.csv")) == 17
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,6 +236,40 @@ def test_a_second_run_destroys_nothing_unasked(monkeypatch, capsys, quick, tmp_p
     assert code == 2 and error.startswith("error: ") and "--resume" in error and "--overwrite" in error
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(quick("out", "--overwrite", "--steps", 4)) == 5
+
+
+def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, quick, tmp_path):
+    quick("out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    args = ["--out", tmp_path / "out", "--overwrite", *QUICK]
+    for bad in (["--micro-batch-size", 5], ["--prompt", "word " * 100], ["--context-length", 100_000]):
+        assert run(monkeypatch, capsys, *args, *bad)[0] == 2
+        assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_two_runs_do_not_share_a_folder(monkeypatch, capsys, tmp_path):
+    process = start("--out", tmp_path / "out", *LONG, "--steps", 100_000)
+    wait_for_step(tmp_path / "out", 0, process)
+    for args in (["--resume", tmp_path / "out"], ["--out", tmp_path / "out", "--overwrite"]):
+        code, _, error = run(monkeypatch, capsys, *args)
+        assert code == 2 and "another run is at work" in error
+    process.kill()
+    process.communicate()
+
+
+def test_a_text_that_has_changed_is_not_taken_for_the_same(monkeypatch, capsys, quick, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(STORIES.read_text("utf-8")[:20_000], encoding="utf-8")
+    quick("out", "--text", text)
+    text.write_text(STORIES.read_text("utf-8")[:19_000], encoding="utf-8")
+    code, _, error = run(monkeypatch, capsys, "--resume", tmp_path / "out", "--steps", 16)
+    assert code == 2 and "is not what it was" in error and "--init" in error
+
+
+def test_tokens_replace_nothing_but_tokens(monkeypatch, capsys, tmp_path):
+    (tmp_path / "out.bin").write_text("precious")
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
+    assert code == 2 and "out.bin: would be replaced" in error and (tmp_path / "out.bin").read_text() == "precious"
 
 
 def test_init_goes_on_from_a_folder(monkeypatch, capsys, quick, tmp_path):
@@ -348,7 +382,7 @@ def test_token_file(tmp_path):
     tokenizer, path = Tokenizer.gpt2(), tmp_path / "tokens.bin"
     tokenize([tmp_path / name for name in texts], tokenizer, path)
     expected = [i for text in texts.values() for i in [*tokenizer.encode(text), tokenizer.eot]]
-    assert read_tokens(path, 50257).tolist() == expected
+    assert read_tokens(path).tolist() == expected
     header = np.fromfile(path, dtype=np.int32, count=256)  # llm.c's: magic, version, number of tokens
     assert header[:3].tolist() == [20240520, 1, len(expected)] and path.stat().st_size == 1024 + 2 * len(expected)
     # A second time there is nothing to do; with another text or vocabulary there is
@@ -356,9 +390,9 @@ def test_token_file(tmp_path):
     tokenize([tmp_path / name for name in texts], tokenizer, path)
     assert path.stat().st_mtime_ns == written
     tokenize([tmp_path / "a.txt"], tokenizer, path)
-    assert read_tokens(path, 50257).tolist() == [*tokenizer.encode("One text."), tokenizer.eot]
+    assert read_tokens(path).tolist() == [*tokenizer.encode("One text."), tokenizer.eot]
     tokenize([tmp_path / "a.txt"], Tokenizer([]), path)
-    assert len(read_tokens(path, 257)) == 10
+    assert len(read_tokens(path)) == 10
 
 
 def write_llmc(path, ids, n=None):
@@ -388,7 +422,9 @@ def test_text_takes_files_folders_and_globs(quick, tmp_path):
     stories = STORIES.read_text("utf-8")
     (tmp_path / "texts" / "1.txt").write_text(stories[:5000], encoding="utf-8")
     (tmp_path / "texts" / "deep" / "2.txt").write_text(stories[5000:10000], encoding="utf-8")
-    files = [tmp_path / "texts" / "1.txt", tmp_path / "texts" / "deep" / "2.txt"]
+    (tmp_path / "a [1].txt").write_text(stories[:5000], encoding="utf-8")  # a name, not a glob for "a 1.txt"
+    (tmp_path / "a 1.txt").write_text("no")
+    files = [tmp_path / "a [1].txt", tmp_path / "texts" / "deep" / "2.txt"]
     for i, names in enumerate([files, [tmp_path / "texts"], [tmp_path / "texts" / "**" / "*.txt"]]):
         rows = quick(str(i), "--text", *names, "--steps", 2)
         if i == 0:
@@ -463,6 +499,12 @@ def make_bad_inputs(folder):
         (["--resume", "{}/damaged"], "damaged/resume.pt: damaged"),
         (["--vocab-size", "100"], "vocab_size=100 is too small"),
         (["--vocab-size", "70000", "--text", "{}/ids.bin"], "not a UTF-8 text"),
+        (["--vocab-size", "0"], "vocab_size=0 is too small"),
+        (["--eval-windows", "0"], "--eval-windows"),
+        (["--prompt", "word " * 200], "more than the context of 128"),
+        (["--seed", "99999999999"], "32 bits"),
+        (["--text", "x", "--bin", "y"], "--text and --bin"),
+        (["--resume", "{}/damaged", "--overwrite"], "--overwrite does not go with --resume"),
         (["--steps", "0"], "at least 1"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--learning-rate", "nan"], "learning rate"),

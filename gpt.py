@@ -85,8 +85,8 @@ class Tokenizer:
     Byte-level BPE as GPT-2 has it, run by tiktoken.
 
     merges: pairs of byte strings, in the order in which they were learned.
-    Ids: the 256 bytes, then one for each merge, then <|endoftext|>; or those of `vocab`, a vocab.json with other ids, which may
-    hold more special tokens, but must number the merges in their order, since tiktoken merges what has the lowest id.
+    Ids: the 256 bytes, then one for each merge, then <|endoftext|>; or those of `vocab`, a vocab.json with other ids, which
+    may hold more special tokens, but must number the merges in their order: tiktoken merges what has the lowest id.
     """
 
     def __init__(self, merges, vocab=None):

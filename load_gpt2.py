@@ -141,9 +141,9 @@ def download(url, path, token=""):
     """
     Fetch `url` into the file `path`, unless it is there, and return the headers of the answer.
 
-    What has come stays in path.part, from where the next attempt, or the next process, goes on. The file is checked against the
-    length announced and, where a hub gives it, its SHA-256. token: who asks, for a hub. Raises Unavailable where no attempt helped,
-    FileNotFoundError where the server has no such file, ValueError where it refuses.
+    What has come stays in path.part, from where the next attempt, or the next process, goes on. The file is checked against
+    the length announced and, where a hub gives it, its SHA-256. token: who asks, for a hub. Raises Unavailable where no
+    attempt helped, FileNotFoundError where the server has no such file, ValueError where it refuses.
     """
     answer, waits, most = requests.structures.CaseInsensitiveDict(), list(WAITS), 0
     if path.exists():
@@ -176,7 +176,7 @@ def open_part(path):
         file = open(part, "a+b")
         if fcntl is None:
             break
-        with contextlib.suppress(OSError):  # file systems without locks leave two processes to the checks of length and hash
+        with contextlib.suppress(OSError):  # on file systems without locks, length and hash have to find a mix of two
             fcntl.flock(file, fcntl.LOCK_EX)
         if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
             break
@@ -192,8 +192,8 @@ def open_part(path):
 
 
 def fetch_rest(url, token, part, answer):
-    """One attempt to append to `part` what it lacks. answer: the headers of this process's last attempt, and then of this one"""
-    start = part.seek(0, os.SEEK_END)
+    """One attempt to append to `part` what it lacks. answer: the headers of the attempt before, and then of this one"""
+    start, name = part.seek(0, os.SEEK_END), Path(part.name).stem
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     if token:
         headers["Authorization"] = f"Bearer {token}"  # which requests keeps from other hosts that the answer may send it to
@@ -202,11 +202,11 @@ def fetch_rest(url, token, part, answer):
             check_status(url, response)
             earlier = answer.copy()
             answer.clear()
-            for r in (response, *reversed(response.history)):  # the hub, which may send on to a storage host, has the last word
+            for r in (response, *reversed(response.history)):  # the hub may send on to a storage host; its word counts
                 answer.update(r.headers)
             tag = answer.get("X-Linked-ETag") or (answer.get("ETag", "") if "X-Repo-Commit" in response.headers else "")
             sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
-            # What is here may be of another file: a hash will tell, otherwise it must be from this process and under one name
+            # What is here may be of another file: a hash will tell; without one, the attempt before must have said the same
             same = sha256 or earlier and all(earlier.get(key) == answer.get(key) for key in ("ETag", "Last-Modified"))
             is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             if start and response.status_code != 200 and not (same and is_rest):
@@ -222,8 +222,9 @@ def fetch_rest(url, token, part, answer):
                 done, now = done + len(block), time.monotonic()
                 if sys.stderr.isatty() and now - shown > 0.2:
                     shown, speed = now, (done - start) / (now - began)
-                    left = f" of {size / 1e6:.0f} MB, {timedelta(seconds=round((size - done) / speed))} left" if size else " MB"
-                    say(f"{Path(part.name).stem}: {done / 1e6:.0f}{left}, {speed / 1e6:.1f} MB/s", end="")
+                    left = timedelta(seconds=round((size - done) / speed)) if size else "?"
+                    of = f" of {size / 1e6:.0f}" if size else ""
+                    say(f"{name}: {done / 1e6:.0f}{of} MB, {speed / 1e6:.1f} MB/s, {left} left", end="")
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Unavailable(f"{url}: {getattr(error.args[0], 'reason', error) if error.args else error}") from None
     finally:
@@ -241,9 +242,9 @@ def fetch_rest(url, token, part, answer):
         if digest.hexdigest() != sha256[1]:
             part.truncate(0)
             message = f"{url}: the SHA-256 of what came is {digest.hexdigest()}, not {sha256[1]}"
-            raise Unavailable(message) if start else ValueError(message)  # pieces may have been of two files, one piece is not
+            raise Unavailable(message) if start else ValueError(message)  # only pieces may have been of two files
     if done > 1e6:
-        say(f"{Path(part.name).stem}: {done / 1e6:.0f} MB in {timedelta(seconds=round(time.monotonic() - began))}")
+        say(f"{name}: {done / 1e6:.0f} MB in {timedelta(seconds=round(time.monotonic() - began))}")
 
 
 def check_status(url, response):
@@ -266,7 +267,7 @@ def say(line, end="\n"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hub, and the cache that Hugging Face's own tools use: models--OWNER--NAME/snapshots/COMMIT/FILE, and the commit of a
-# branch in refs/. Where theirs has links to a folder of blobs ours has the files themselves, as theirs on systems without links.
+# branch in refs/. Snapshots hold the files themselves, not links into a folder of blobs, as theirs do on systems without links.
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of their shards
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS} | {"distilgpt2": "distilbert/distilgpt2"}
@@ -453,7 +454,10 @@ def read_tokenizer(folder, config):
 
 
 def save_gpt2(model, tokenizer, folder, dtype=torch.float32):
-    """Write, in float32, bfloat16 or float16, what `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` open."""
+    """
+    Write what `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` open.
+    dtype: of the weights in the file, float32, bfloat16 or float16.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}

@@ -25,8 +25,8 @@ BODY = bytes(i * i % 251 for i in range(300_000))
 
 class Hub(ThreadingHTTPServer):
     """
-    Serves `files` {path: bytes}; large ones (.safetensors) by redirection to /storage/, as the hub does. `faults` {path: list of
-    functions of the handler} are used up one per request; one that returns True has answered. `asked`: (path, Range) of all.
+    Serves `files` {path: bytes}; large ones (.safetensors) by redirection to /storage/, as the hub does. `faults` {path: list
+    of functions of the handler} are used up one per request; one that returns True has answered. `asked`: (path, Range).
     """
 
     request_queue_size = 64
@@ -253,7 +253,8 @@ def test_hash_of_small_hubs_without_storage_host(hub, tmp_path):
 def test_retry_after_is_honoured(fetch, capsys):
     start = time.monotonic()
     assert len(fetch(fails(429, Retry_After="1"), storage=False)) == 2
-    assert time.monotonic() - start >= 1 and "429 Too Many Requests, come back in 1 s; trying again in 1 s" in capsys.readouterr().err
+    assert time.monotonic() - start >= 1
+    assert "429 Too Many Requests, come back in 1 s; trying again in 1 s" in capsys.readouterr().err
 
 
 def test_a_server_that_asks_for_an_hour_is_not_waited_for(fetch):
@@ -284,7 +285,7 @@ def test_slow_trickle_is_waited_for(hub, tmp_path):
     assert (tmp_path / "x").read_bytes() == BODY and len(hub.asked) == 1
 
 
-@pytest.mark.parametrize("status, error, message", [(404, FileNotFoundError, "no such file"), (401, ValueError, "401 Unauthorized")])
+@pytest.mark.parametrize("status, error, message", [(404, FileNotFoundError, "no such file"), (401, ValueError, "401 Una")])
 def test_refusals_are_not_tried_again(hub, fetch, tmp_path, status, error, message):
     with pytest.raises(error, match=message):
         fetch(*[fails(status)] * 9, kind="txt")
@@ -313,7 +314,7 @@ def test_progress_line(hub, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     download(hub.url + "/x", tmp_path / "x")
     lines = capsys.readouterr().err.split("\r\x1b[K")
-    assert len(lines) > 3 and all(part in lines[2] for part in ("x: ", " of 2 MB, ", " left, ", " MB/s"))
+    assert len(lines) > 3 and all(part in lines[2] for part in ("x: ", " of 2 MB, ", " MB/s, ", " left"))
     assert lines[-1].startswith("x: 2 MB in 0:0") and lines[-1].endswith("\n")
 
 
@@ -402,7 +403,8 @@ def test_shards_and_tokenizer_json(hub, tmp_path):
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     added = [{"id": vocab.pop("<|endoftext|>"), "content": "<|endoftext|>"}]
     cut = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    content = {"normalizer": None, "pre_tokenizer": cut, "added_tokens": added, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    content = {"normalizer": None, "pre_tokenizer": cut, "added_tokens": added, "model": model}
     (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     (folder / "merges.txt").unlink()
     (folder / "vocab.json").unlink()
@@ -482,5 +484,5 @@ def test_no_network_and_no_cache_is_one_line(hub, monkeypatch, capsys):
     code, _, error = run(monkeypatch, capsys, "gpt2")
     *attempts, last = error.splitlines()
     assert code == 2 and len(attempts) == 5 and last.startswith("error: " + hub.url)
-    assert "Connection refused" in last and "models--openai-community--gpt2" in last and "give a folder" in last and "set HF_ENDPOINT to a mirror" in last
-    assert os.environ["HF_HOME"] in last
+    for part in ("Connection refused", os.environ["HF_HOME"], "--gpt2 does not hold it", "give a folder", "HF_ENDPOINT"):
+        assert part in last

@@ -92,25 +92,16 @@ class Tokenizer:
     def __init__(self, merges, vocab=None):
         self.merges = list(merges)
         tokens = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in self.merges]
-        if len(set(tokens)) < len(tokens):
-            raise ValueError("two merges make the same token")
-        chars = [to_chars(token) for token in tokens] + [END_OF_TEXT]
-        self.vocab = dict(zip(chars, range(len(chars)))) if vocab is None else vocab  # as vocab.json spells the tokens
-        if any(type(i) is not int or not 0 <= i < 2**24 for i in self.vocab.values()):
-            raise ValueError("an id is not a number, or absurd")
-        *ids, self.eot = [self.vocab[name] for name in chars]
-        if ids[256:] != sorted(ids[256:]) or len(set(self.vocab.values())) < len(self.vocab):
-            raise ValueError("the ids in vocab.json do not follow the order of the merges")
-        self.vocab_size = max(self.vocab.values()) + 1
-        special_tokens = {name: self.vocab[name] for name in self.vocab.keys() - set(chars) | {END_OF_TEXT}}
-        for name in special_tokens:  # by their form: anything else is what a merge makes, and that merge is missing
-            if name[:1] + name[-1:] not in ("<>", "[]"):
-                raise ValueError(f"no merge makes {name!r:.40}")
+        names = [*map(to_chars, tokens), END_OF_TEXT]  # as vocab.json spells them
+        self.vocab = {name: i for i, name in enumerate(names)} if vocab is None else vocab
+        check_vocab(self.vocab, names)
+        *ids, self.eot = [self.vocab[name] for name in names]
+        special_tokens = {name: self.vocab[name] for name in self.vocab.keys() - set(names[:-1])}
+        self.tokens = dict(zip(ids, tokens)) | {i: name.encode("utf-8") for name, i in special_tokens.items()}
+        self.vocab_size = max(self.tokens) + 1
         self.encoding = tiktoken.Encoding(
             "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(zip(tokens, ids)), special_tokens=special_tokens
         )
-        self.tokens = {i: token for token, i in zip(tokens, ids)}
-        self.tokens |= {i: name.encode("utf-8") for name, i in special_tokens.items()}
 
     def encode(self, text):
         """str -> list of ids. "<|endoftext|>" in a text is plain characters: only `eot` itself ends a document."""
@@ -215,6 +206,20 @@ def parse_merges(text):
         merges.append((tokens[left], tokens[right]))
         tokens[left + right] = tokens[left] + tokens[right]
     return merges
+
+
+def check_vocab(vocab, names):
+    """Raise ValueError where `vocab` {name: id} cannot hold the tokens `names`: bytes, merges in their order, <|endoftext|>."""
+    if len(set(names)) < len(names):
+        raise ValueError("two merges make the same token")
+    if any(type(i) is not int or not 0 <= i < 2**24 for i in vocab.values()) or len(set(vocab.values())) < len(vocab):
+        raise ValueError("ids must be different whole numbers")
+    ids = [vocab[name] for name in names[256:-1]]
+    if ids != sorted(ids):
+        raise ValueError("the ids in vocab.json do not follow the order of the merges")
+    for name in vocab.keys() - set(names):
+        if name[:1] + name[-1:] not in ("<>", "[]"):  # a special token looks so; another name is that of a missing merge
+            raise ValueError(f"no merge makes {name!r:.40}")
 
 
 @contextlib.contextmanager

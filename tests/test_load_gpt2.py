@@ -352,10 +352,10 @@ def test_ids_of_vocab_json(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"Ġt": 300, "he": 256}, "do not follow the order"),
-        ({"!": 5}, "do not follow"),
-        ({"!": -1}, "not a number"),
-        ({"!": "0"}, "not a number"),
+        ({"Ġt": 257, "he": 256}, "do not follow the order"),
+        ({"!": 5}, "different whole numbers"),
+        ({"!": -1}, "different whole numbers"),
+        ({"!": "0"}, "different whole numbers"),
         ({"zzz": 320}, "no merge makes 'zzz'"),
     ],
 )

@@ -352,7 +352,7 @@ def test_ids_of_vocab_json(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"Ġt": 257, "he": 256}, "do not follow the order"),
+        ({"Ġt": 256, "he": 257}, "do not follow the order"),
         ({"!": 5}, "different whole numbers"),
         ({"!": -1}, "different whole numbers"),
         ({"!": "0"}, "different whole numbers"),

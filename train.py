@@ -307,9 +307,9 @@ def print_line(line, end="\r"):
     print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, end=end, flush=True)
 
 
-def write_losses(path, rows):
+def write_losses(path, rows, columns=("step", "train_loss", "val_loss", "learning_rate")):
     with complete_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["step", "train_loss", "val_loss", "learning_rate"])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -319,7 +319,21 @@ def read_losses(path):
         return list(csv.DictReader(file))
 
 
-def plot_losses(rows, path):
+def read_checkpoint(folder):
+    """out/resume.pt -> dict; what it holds, `train` says"""
+    path = folder / "resume.pt"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
+
+
+LOSS_CURVES = [("train_loss", "training batch", {"alpha": 0.4}), ("val_loss", "validation", {"marker": "."})]
+
+
+def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no {path.name}: `pip install matplotlib` draws it")
         return
@@ -327,10 +341,10 @@ def plot_losses(rows, path):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in [("train_loss", "training batch", {"alpha": 0.4}), ("val_loss", "validation", {"marker": "."})]:
+    for name, label, style in curves:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name] != ""]
         axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.set(xlabel="step", ylabel=unit)
     axes.legend()
     with complete_file(path) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -501,13 +515,7 @@ def parse_arguments():
     if not args.resume:
         return args, None
 
-    path = args.resume / "resume.pt"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
+    checkpoint = read_checkpoint(args.resume)
     parser.set_defaults(**checkpoint["settings"])
     args = parser.parse_args()
     args.out = args.resume

@@ -24,6 +24,7 @@ import sys
 import textwrap
 import time
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
@@ -357,22 +358,22 @@ def read_records(source, folder, columns=()):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                member = max(archive.infolist(), key=lambda info: info.file_size)  # beside it lies a readme, perhaps
-                name, data = member.filename, archive.read(member)
+                member = max(archive.infolist(), key=lambda info: info.file_size, default=None)  # the rest are readmes
+                name, data = (member.filename, archive.read(member)) if member else (name, b"")
         text = data.decode("utf-8-sig")
-        suffix = re.search(r"\.(jsonl?|csv)(?![a-z])", name.lower())
-        if suffix is not None and suffix[1] == "json":
-            records = json.loads(text)
-            if not isinstance(records, list):
-                raise ValueError("not a list of rows")
-            rows = [(f"{path}, row {n}", record) for n, record in enumerate(records, 1)]
-        elif suffix is not None and suffix[1] == "jsonl":
-            lines = enumerate(text.split("\n"), 1)
-            rows = [(f"{path}, line {n}", json.loads(line)) for n, line in lines if line.strip()]
-        else:
-            rows = read_table(text, path, columns, has_commas=suffix is not None)
-    except (zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged, or not a UTF-8 text ({error})") from None
+    suffix = re.search(r"\.(jsonl?|csv)(?![a-z])", name.lower())
+    if suffix is None or suffix[1] == "csv":
+        rows = read_table(text, path, columns, has_commas=suffix is not None)
+    elif suffix[1] == "jsonl":
+        rows = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(where, read_json(line, where)) for where, line in rows]
+    else:
+        rows = read_json(text, path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: not a list of rows")
+        rows = [(f"{path}, row {n}", record) for n, record in enumerate(rows, 1)]
     if not rows:
         raise ValueError(f"{path}: no rows")
     for where, record in rows:
@@ -381,11 +382,21 @@ def read_records(source, folder, columns=()):
     return rows
 
 
+def read_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: damaged JSON ({error})") from None
+
+
 def read_table(text, path, columns, has_commas):
     if has_commas:
         csv.field_size_limit(2**31 - 1)  # texts may be long
         reader = csv.reader(io.StringIO(text, newline=""))
-        lines = [(reader.line_num, cells) for cells in reader if cells]
+        try:
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     else:  # quotes are part of the text
         lines = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     header = ["label", "text"]
@@ -785,16 +796,15 @@ def parse_arguments():
     parser = CommandLine(description="Finetune a GPT-2, and use what came of it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
-    for function, text in [
-        (classify, "learn to put texts into classes"),
-        (predict, "say the class of texts"),
-        (instruct, "learn to answer instructions"),
-        (judge, "have a model on a server score answers"),
-        (chat, "talk to a model"),
+    for name, text in [
+        ("classify", "learn to put texts into classes"),
+        ("predict", "say the class of texts"),
+        ("instruct", "learn to answer instructions"),
+        ("judge", "have a model on a server score answers"),
+        ("chat", "talk to a model"),
     ]:
-        parsers[function.__name__] = commands.add_parser(function.__name__, help=text, description=text.capitalize() + ".")
-        parsers[function.__name__].set_defaults(function=function)
-    for name, data, out, epochs in [("classify", "messages.tsv", "out/spam", 5.0), ("instruct", "instructions.json", "out/assistant", 3.0)]:
+        parsers[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    for name, data, out, epochs in [("classify", "messages.tsv", "out/spam", 6.0), ("instruct", "instructions.json", "out/assistant", 3.0)]:
         add = parsers[name].add_argument
         add("--init", default=BASE, help="start from this GPT-2, a folder or a published name, or from 'random' weights")
         add("--data", default=str(DATA / data), metavar="FILE", help="rows to learn from, a file or a URL")
@@ -865,9 +875,9 @@ def parse_arguments():
 def main():
     args, checkpoint = parse_arguments()
     if args.command in ("classify", "instruct"):
-        args.function(args, checkpoint)
+        {"classify": classify, "instruct": instruct}[args.command](args, checkpoint)
     else:
-        args.function(args)
+        {"predict": predict, "judge": judge, "chat": chat}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -477,7 +477,8 @@ def load_base(args, texts, context_length):
     known = config.context_length
     if args.lora_rank and context_length > known:
         raise ValueError(f"--context-length {context_length} is more than the {known} of {args.init}, and LoRA cannot learn it")
-    model = GPT(replace(config, dropout=args.dropout, context_length=max(known, context_length)))
+    dropout = (0.3 if weights is None else 0.1) if args.dropout is None else args.dropout  # who knows nothing learns by heart
+    model = GPT(replace(config, dropout=dropout, context_length=max(known, context_length)))
     if weights is not None:
         weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])
         model.load_state_dict(weights)
@@ -499,8 +500,9 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "steps"}
     steps_per_epoch = len(training) / args.batch_size
-    # A large model, moved as a whole, forgets what it knows at rates that adapters and small models need to get anywhere
-    values["learning_rate"] = values["learning_rate"] or (5e-5 if n_trained > 50e6 else 1e-3)
+    # Found by trying: a large model, moved as a whole, forgets what it knows at rates that adapters and small models need
+    rate = 1e-3 if args.lora_rank or n_trained == n_all else 3e-4
+    values["learning_rate"] = values["learning_rate"] or (5e-5 if n_trained > 50e6 else rate)
     values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
     config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
@@ -804,7 +806,7 @@ def parse_arguments():
         ("chat", "talk to a model"),
     ]:
         parsers[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    for name, data, out, epochs in [("classify", "messages.tsv", "out/spam", 6.0), ("instruct", "instructions.json", "out/assistant", 3.0)]:
+    for name, data, out, epochs in [("classify", "messages.tsv", "out/spam", 8.0), ("instruct", "instructions.json", "out/assistant", 3.0)]:
         add = parsers[name].add_argument
         add("--init", default=BASE, help="start from this GPT-2, a folder or a published name, or from 'random' weights")
         add("--data", default=str(DATA / data), metavar="FILE", help="rows to learn from, a file or a URL")
@@ -812,7 +814,7 @@ def parse_arguments():
         add("--overwrite", action="store_true", help="replace the run that is in --out")
         add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
         add("--context-length", type=int, help="tokens of a row that are read (default: the model's)")
-        add("--dropout", type=float, default=0.1, help="share of activations dropped in training")
+        add("--dropout", type=float, help="share of activations dropped in training (default: 0.1, from random weights 0.3)")
         add("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank instead of the weights. 0: none")
         add("--lora-alpha", type=float, default=16.0, help="what the adapters add is multiplied by alpha / rank")
         add("--lora-dropout", type=float, default=0.05, help="share of inputs dropped before the adapters")
@@ -822,7 +824,7 @@ def parse_arguments():
         for f in fields(TrainConfig):
             if f.name not in ("steps", "learning_rate", "eval_every"):
                 add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
-        add("--learning-rate", type=float, help="at its peak (default: 5e-5 for 50M weights and more, else 1e-3)")
+        add("--learning-rate", type=float, help="at its peak (default: 5e-5 for 50M weights and more; else 1e-3, or 3e-4 for the last layers alone)")
         add("--eval-every", type=int, help="steps from one validation and checkpoint to the next (default: an epoch)")
 
     add = parsers["classify"].add_argument

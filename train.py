@@ -36,17 +36,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, default_collate
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from gpt import GPT, GPT2_CONFIGS, SMALL_CONFIGS, GPTConfig, TokenDataset, Tokenizer, complete_file, create_dataloader
 from load_gpt2 import (
     CommandLine,
     default_device,
     download,
     fast_dtype,
+    fcntl,
     load_gpt2,
     one_line_errors,
     read_config,
@@ -362,9 +358,9 @@ def sole_run(out):
             out.rmdir()  # only where it is empty
 
 
-def write_losses(path, rows):
+def write_losses(path, rows, columns=("step", "train_loss", "val_loss", "learning_rate")):
     with complete_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["step", "train_loss", "val_loss", "learning_rate"])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -374,7 +370,24 @@ def read_losses(path):
         return list(csv.DictReader(file))
 
 
-def plot_losses(rows, path):
+def read_checkpoint(folder):
+    """out/resume.pt -> what `train` has saved there"""
+    path = folder / "resume.pt"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or {"step", "best_loss", "model", "optimizer", "settings"} - checkpoint.keys():
+            raise ValueError("not the state of a run")
+        return checkpoint
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
+
+
+LOSS_CURVES = [("train_loss", "training batch", {"alpha": 0.4}), ("val_loss", "validation", {"marker": "."})]
+
+
+def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no {path.name}: `pip install matplotlib` draws it")
         return
@@ -382,10 +395,10 @@ def plot_losses(rows, path):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in [("train_loss", "training batch", {"alpha": 0.4}), ("val_loss", "validation", {"marker": "."})]:
+    for name, label, style in curves:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name] != ""]
         axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.set(xlabel="step", ylabel=unit)
     axes.legend()
     with complete_file(path) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -551,7 +564,7 @@ def parse_arguments():
         for name in ("out", "overwrite", "init", "model", "vocab_size"):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
-        checkpoint = read_checkpoint(args.resume / "resume.pt")
+        checkpoint = read_checkpoint(args.resume)
         parser.set_defaults(**checkpoint["settings"])
         args = parser.parse_args()
         args.out = args.resume
@@ -562,18 +575,6 @@ def parse_arguments():
     if args.eval_windows < 1:
         parser.error("--eval-windows must be at least 1")
     return args, checkpoint
-
-
-def read_checkpoint(path):
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or {"step", "best_loss", "model", "optimizer", "settings"} - checkpoint.keys():
-            raise ValueError("not the state of a run")
-        return checkpoint
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
 
 
 # What belongs to one start of the program, not to the run

@@ -1,0 +1,889 @@
+"""
+Finetuning: a GPT-2 becomes a classifier or an assistant, whole, in its last layers, or by LoRA, written out by hand.
+
+    python train.py                                              first: out/stories, the model to start from
+    python finetune.py classify                                  data/messages.tsv -> out/spam
+    python finetune.py predict out/spam "You have won a prize"
+    python finetune.py instruct                                  data/instructions.json -> out/assistant
+    python finetune.py chat out/assistant
+    python finetune.py judge out/assistant/responses.json --url http://localhost:11434/v1 --model llama3
+
+    python finetune.py classify --init gpt2 --data reviews.csv --out out/reviews --lora-rank 16
+"""
+
+import codecs
+import copy
+import csv
+import importlib.util
+import io
+import json
+import math
+import random
+import re
+import sys
+import textwrap
+import time
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import requests
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Subset
+
+from gpt import GPT, SMALL_CONFIGS, Tokenizer, complete_file, create_dataloader
+from load_gpt2 import (
+    TRANSPOSED,
+    CommandLine,
+    default_device,
+    fast_dtype,
+    hf_config,
+    load_gpt2,
+    one_line_errors,
+    read_config,
+    read_safetensors,
+    save_gpt2,
+    usable_device,
+    write_safetensors,
+)
+from train import (
+    NOT_SETTINGS,
+    TrainConfig,
+    find_files,
+    plot_losses,
+    print_line,
+    read_checkpoint,
+    read_losses,
+    show_progress,
+    sole_run,
+    train,
+    write_losses,
+)
+
+DATA = Path(__file__).with_name("data")
+BASE = "out/stories"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification: what the model knows at the last token of a text, it knows of the whole text; a small matrix reads the
+# class from there.
+
+
+class GPTClassifier(nn.Module):
+    """A GPT whose last features are scored for each class. Parameter names are those of GPT2ForSequenceClassification."""
+
+    def __init__(self, gpt, n_classes):
+        super().__init__()
+        self.transformer = gpt
+        self.score = nn.Linear(gpt.config.n_embd, n_classes, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+
+    def forward(self, ids, lengths, labels=None):
+        """
+        ids (B, T), of which each row's first `lengths` (B,) are text -> logits (B, classes); with labels (B,), the mean
+        cross-entropy. What stands after a text makes no difference: no token looks ahead, and the last one of the text is read.
+        """
+        x = self.transformer.features(ids)  # (B, T, C)
+        x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
+        logits = self.score(x)
+        return logits if labels is None else F.cross_entropy(logits, labels)
+
+
+class ClassificationDataset(Dataset):
+    """(text, class) pairs -> (ids, class number); of a text that is too long, the beginning is kept. n_cut counts those."""
+
+    def __init__(self, rows, tokenizer, classes, context_length):
+        texts = [tokenizer.encode(text) for text, _ in rows]
+        self.lengths = [min(len(ids), context_length) for ids in texts]
+        self.n_cut = sum(len(ids) > context_length for ids in texts)
+        self.rows = [(torch.tensor(ids[:context_length]), classes.index(label)) for ids, (_, label) in zip(texts, rows)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def collate_texts(batch):
+    """Rows -> ids (B, T), padded on the right to the longest, lengths (B,), labels (B,)"""
+    ids, labels = zip(*batch)
+    return pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids]), torch.tensor(labels)
+
+
+def save_classifier(model, tokenizer, classes, folder):
+    """Write what `AutoModelForSequenceClassification.from_pretrained(folder)` opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in model.state_dict().items()}
+    write_safetensors(folder / "model.safetensors", weights)
+    tokenizer.save(folder)
+    config = hf_config(model.transformer.config, tokenizer, torch.float32) | {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "pad_token_id": tokenizer.eot,  # never in a text, so transformers finds where each text ends
+    }
+    with complete_file(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_classifier(folder):
+    """A folder that `save_classifier` wrote -> (GPTClassifier in eval mode, Tokenizer, names of the classes)"""
+    path = folder / "config.json"
+    config, tokenizer = read_config(path), Tokenizer.load(folder)
+    names = json.loads(path.read_text(encoding="utf-8")).get("id2label")
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
+        raise ValueError(f'{path}: no classifier: "id2label" does not name its classes')
+    with torch.device("meta"):
+        model = GPTClassifier(GPT(config), len(names)).eval()
+    tensors = read_safetensors(folder / "model.safetensors")
+    try:
+        weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in tensors.items()}
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
+    return model, tokenizer, [names[str(i)] for i in range(len(names))]
+
+
+@torch.no_grad()
+def score(model, loader):
+    """(logits, labels) over all batches: (rows, classes) and (rows,), on the CPU"""
+    device, was_training = model.score.weight.device, model.training
+    model.eval()
+    batches = [(model(ids.to(device), lengths.to(device)).cpu(), labels) for ids, lengths, labels in loader]
+    model.train(was_training)
+    return [torch.cat(parts) for parts in zip(*batches)]
+
+
+def accuracy(logits, labels):
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instructions: a text with a form, of which the model learns to write the last part
+
+
+def format_prompt(entry):
+    """What the model reads before it answers, in the form of Stanford Alpaca (Taori et al. 2023)"""
+    context = ", paired with an input that provides further context" if entry.get("input") else ""
+    prompt = f"Below is an instruction that describes a task{context}. "
+    prompt += "Write a response that appropriately completes the request.\n\n"
+    prompt += f"### Instruction:\n{entry['instruction']}\n\n"
+    if entry.get("input"):
+        prompt += f"### Input:\n{entry['input']}\n\n"
+    return prompt + "### Response:\n"
+
+
+class InstructionDataset(Dataset):
+    """
+    Entries -> (ids, targets) of prompt, response and end-of-text, both (T,). The prompt is no target: what is asked is given.
+    Of a row that is too long the end is cut (n_cut), and one whose prompt leaves no room to answer is left out (n_left_out).
+    """
+
+    def __init__(self, entries, tokenizer, context_length, train_on_prompt=False):
+        self.rows, self.entries, self.n_cut, self.n_left_out = [], [], 0, 0
+        for entry in entries:
+            prompt = tokenizer.encode(format_prompt(entry))
+            ids = prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot]
+            if len(prompt) > context_length:
+                self.n_left_out += 1
+                continue
+            self.n_cut += len(ids) > context_length + 1
+            ids = torch.tensor(ids[: context_length + 1])
+            inputs, targets = ids[:-1], ids[1:].clone()
+            if not train_on_prompt:
+                targets[: len(prompt) - 1] = -100
+            self.rows.append((inputs, targets))
+            self.entries.append(entry)
+        self.lengths = [len(inputs) for inputs, _ in self.rows]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def collate_instructions(batch):
+    """Rows -> ids (B, T), padded on the right to the longest, and targets (B, T), -100 in the padding"""
+    ids, targets = zip(*batch)
+    return pad_sequence(ids, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
+
+
+def answer(model, tokenizer, entries, max_new_tokens, batch_size=32):
+    """The likeliest response to each entry, in batches of like lengths; an answer ends where the context does."""
+    limit = model.config.context_length
+    prompts = [tokenizer.encode(format_prompt(entry)) for entry in entries]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [None] * len(prompts)
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        room = min(max_new_tokens, limit + 1 - len(prompts[rows[0]]))
+        batch = model.generate([prompts[i] for i in rows], room, temperature=0, eos_id=tokenizer.eot)
+        for i, ids in zip(rows, batch):
+            answers[i] = tokenizer.decode(ids[: limit + 1 - len(prompts[i])]).strip()
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA (Hu et al. 2021): what finetuning adds to a matrix is nearly of low rank. So the matrix stays as it is, and beside it
+# the product of two thin ones is learned: W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank).
+
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen nn.Linear with a trained detour of low rank. Its weight and bias keep their names."""
+
+    def __init__(self, linear, rank, alpha, dropout=0.0):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=self.weight.device, dtype=self.weight.dtype)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=self.weight.device, dtype=self.weight.dtype)
+        nn.init.zeros_(self.lora_B.weight)  # at first the detour adds nothing; A is random, so that B has a gradient
+        self.lora_dropout = nn.Dropout(dropout)
+        self.rank, self.alpha = rank, alpha
+        self.scale = alpha / rank  # so that a good learning rate stays good at another rank
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+
+
+def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
+    """Freeze the model, and give every nn.Linear with one of these names ("c_attn", or longer "h.0.attn.c_attn") a LoRA."""
+    if rank < 1:
+        raise ValueError(f"LoRA with rank={rank}: it must be at least 1")
+    names = [name for name, _ in model.named_modules() if ("." + name).endswith(tuple("." + target for target in targets))]
+    if not names or not all(isinstance(model.get_submodule(name), nn.Linear) for name in names):
+        raise ValueError(f"LoRA is for {', '.join(LORA_TARGETS)}, not {', '.join(targets)}")
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+    return model
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add every detour to its matrix and take it away: the same function, as an ordinary model."""
+    for name, lora in [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
+        linear = nn.Linear(lora.in_features, lora.out_features, device="meta")
+        linear.weight = nn.Parameter(lora.weight + lora.scale * lora.lora_B.weight @ lora.lora_A.weight)
+        linear.bias = lora.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+# PEFT's files know a GPT as part of a model with a head, and that one as part of PEFT's own
+PEFT_PREFIX = "base_model.model."
+
+
+def save_lora(model, folder, base):
+    """Write what `peft.PeftModel.from_pretrained(base_model, folder)` opens: the adapter alone, and a classifier's head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    is_classifier, lora = isinstance(model, GPTClassifier), next(iter(loras.values()))
+    prefix = PEFT_PREFIX + ("" if is_classifier else "transformer.")
+    tensors = {
+        prefix + f"{name}.lora_{part}.weight": getattr(module, f"lora_{part}").weight
+        for name, module in loras.items()
+        for part in "AB"
+    }
+    if is_classifier:
+        tensors[PEFT_PREFIX + "score.weight"] = model.score.weight
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.lora_dropout.p,
+        "target_modules": sorted({name.rpartition(".")[2] for name in loras}),
+        "modules_to_save": ["score"] if is_classifier else None,
+        "fan_in_fan_out": True,  # transformers holds GPT-2's matrices as (in, out)
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with complete_file(folder / "adapter_config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_lora(model, folder):
+    """Put an adapter that `save_lora` or PEFT wrote onto a model. Raises ValueError for kinds that are not computed here."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
+        kind = config["peft_type"], config.get("bias", "none")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
+    variants = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
+    if kind != ("LORA", "none") or any(config.get(variant) for variant in variants):
+        raise ValueError(f"{path}: only plain LoRA is computed here: no biases, one rank, none of {', '.join(variants)}")
+
+    path = folder / "adapter_model.safetensors"
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_safetensors(path).items()}
+    if not isinstance(model, GPTClassifier):
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    targets = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    try:
+        add_lora(model, rank, alpha, dropout, targets)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name in unexpected + [name for name in missing if ".lora_" in name]:
+        raise ValueError(f"{path}: {name} is missing, or has no place in this model")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: files of rows, checked row by row, for a wrong row is better met by name than by a loss that does not fall
+
+TEXT_COLUMNS = ("text", "message", "sentence", "review", "content")
+LABEL_COLUMNS = ("label", "class", "category", "target", "sentiment")
+
+
+def read_records(source, folder, columns=()):
+    """
+    A file, or a URL (fetched once, into `folder`), or a zip with one of them -> list of (where it stands, {column: value}).
+    .json: a list of objects; .jsonl: one on each line; .csv; and what is none of these has tabs, as the UCI collection has. A
+    table whose first line holds none of `columns` has no header, and is label and text.
+    """
+    path = find_files([source], folder)[0]
+    name, data = path.name, path.read_bytes()
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                member = max(archive.infolist(), key=lambda info: info.file_size, default=None)  # the rest are readmes
+                name, data = (member.filename, archive.read(member)) if member else (name, b"")
+        text = data.decode("utf-8-sig")
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged, or not a UTF-8 text ({error})") from None
+    suffix = re.search(r"\.(jsonl?|csv)(?![a-z])", name.lower())
+    if suffix is None or suffix[1] == "csv":
+        rows = read_table(text, path, columns, has_commas=suffix is not None)
+    elif suffix[1] == "jsonl":
+        rows = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(where, read_json(line, where)) for where, line in rows]
+    else:
+        rows = read_json(text, path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: not a list of rows")
+        rows = [(f"{path}, row {n}", record) for n, record in enumerate(rows, 1)]
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    for where, record in rows:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: not an object with named values")
+    return rows
+
+
+def read_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: damaged JSON ({error})") from None
+
+
+def read_table(text, path, columns, has_commas):
+    if has_commas:
+        csv.field_size_limit(2**31 - 1)  # texts may be long
+        reader = csv.reader(io.StringIO(text, newline=""))
+        try:
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    else:  # quotes are part of the text
+        lines = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    header = ["label", "text"]
+    if lines and {cell.lower() for cell in lines[0][1]} & {name.lower() for name in columns}:
+        header = lines.pop(0)[1]
+    for n, cells in lines:
+        if len(cells) != len(header):
+            raise ValueError(f"{path}, line {n}: {len(cells)} columns, not the {len(header)} of {', '.join(header)}")
+    return [(f"{path}, line {n}", dict(zip(header, cells))) for n, cells in lines]
+
+
+def read_texts(source, folder, text_column=None, label_column=None):
+    """-> list of (where, text, label), all str"""
+    texts = [text_column] if text_column else TEXT_COLUMNS
+    labels = [label_column] if label_column else LABEL_COLUMNS
+    rows = []
+    for where, record in read_records(source, folder, [*texts, *labels]):
+        values = []
+        for names, kinds, option in [(texts, str, "--text-column"), (labels, (str, int), "--label-column")]:
+            found = [value for name, value in record.items() if name in names or name.lower() in names]
+            if len(found) != 1:
+                raise ValueError(f"{where}: {len(found)} columns are named {' or '.join(names)}; {option} names the right one")
+            if not isinstance(found[0], kinds) or not str(found[0]).strip():
+                raise ValueError(f"{where}: {found[0]!r:.50} is no {option[2:].removesuffix('-column')}")
+            values.append(str(found[0]))
+        rows.append((where, *values))
+    return rows
+
+
+def read_instructions(source, folder):
+    """-> list of {instruction, input, output}, all str"""
+    entries = []
+    for where, record in read_records(source, folder):
+        entry = {"instruction": record.get("instruction"), "input": record.get("input") or "", "output": record.get("output")}
+        for key, value in entry.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {key!r} is {'missing' if value is None else 'not a text'}")
+            if key != "input" and not value.strip():
+                raise ValueError(f"{where}: {key!r} is empty")
+        entries.append(entry)
+    return entries
+
+
+def split_by_class(rows, classes, seed, balance):
+    """(text, label) rows -> 70 % for training, 10 % for validation, 20 % for the test, of every class, shuffled by the seed"""
+    rng = random.Random(seed)
+    groups = [[row for row in rows if row[1] == name] for name in classes]
+    for group in groups:
+        rng.shuffle(group)
+    if balance:
+        groups = [group[: min(map(len, groups))] for group in groups]
+    parts = [], [], []
+    for group in groups:
+        n_val, n_test = max(1, len(group) // 10), max(1, len(group) // 5)
+        parts[0].extend(group[n_val + n_test :])
+        parts[1].extend(group[:n_val])
+        parts[2].extend(group[n_val : n_val + n_test])
+    for part in parts:
+        rng.shuffle(part)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def load_base(args, texts, context_length):
+    """The model to start from, with args.dropout; its context grows where context_length is more, by positions yet unknown."""
+    if args.init == BASE and not Path(BASE).exists():
+        raise ValueError(f"{BASE}: no such folder; `python train.py` makes it, or name another model with --init")
+    torch.manual_seed(args.seed)
+    if args.init == "random":
+        tokenizer = Tokenizer.train("\n".join(texts), SMALL_CONFIGS["nano"].vocab_size)
+        config, weights = replace(SMALL_CONFIGS["nano"], vocab_size=tokenizer.vocab_size), None
+    else:
+        base, tokenizer = load_gpt2(args.init)
+        config, weights = base.config, base.state_dict()
+    known = config.context_length
+    if args.lora_rank and context_length > known:
+        raise ValueError(f"--context-length {context_length} is more than the {known} of {args.init}, and LoRA cannot learn it")
+    dropout = (0.3 if weights is None else 0.1) if args.dropout is None else args.dropout  # who knows nothing learns by heart
+    model = GPT(replace(config, dropout=dropout, context_length=max(known, context_length)))
+    if weights is not None:
+        weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])
+        model.load_state_dict(weights)
+    return model, tokenizer
+
+
+def measuring_loader(dataset, batch_size, collate_fn):
+    """All rows once, the short ones first, so that little is padded"""
+    by_length = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
+    return create_dataloader(Subset(dataset, by_length), batch_size, collate_fn=collate_fn)
+
+
+def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, sample):
+    """Train what asks for a gradient, through train.train; where that is stopped, say how to go on and end the program."""
+    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    n_all = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{len(training)} rows to learn from, {len(validation)} for validation; {args.device}")
+    print(f"{n_trained:,} of {n_all:,} parameters are trained")
+
+    values = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "steps"}
+    steps_per_epoch = len(training) / args.batch_size
+    # Found by trying: a large model, moved as a whole, forgets what it knows at rates that adapters and small models need
+    rate = 1e-3 if args.lora_rank or n_trained == n_all else 3e-4
+    values["learning_rate"] = values["learning_rate"] or (5e-5 if n_trained > 50e6 else rate)
+    values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
+    config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= {name: str(Path(settings[name]).resolve()) for name in ("init", "data") if Path(settings[name]).exists()}
+
+    batch_size = args.micro_batch_size or args.batch_size
+    train_loader = create_dataloader(
+        training,
+        batch_size,
+        shuffle=True,
+        seed=args.seed,
+        collate_fn=collate_fn,
+        lengths=training.lengths,
+        group_size=args.batch_size,
+    )
+    val_loader = measuring_loader(validation, batch_size, collate_fn)
+    if checkpoint is None:
+        for name in ("config.json", "resume.pt", "losses.csv", "losses.png"):
+            (args.out / name).unlink(missing_ok=True)
+    stopped_by = train(
+        model, train_loader, val_loader, config, args.out, save=save, sample=sample, settings=settings, checkpoint=checkpoint
+    )
+    print(f"peak memory {peak_memory():.2f} GB")
+    if stopped_by:
+        print(f"stopped; go on with: python finetune.py {args.command} --resume {args.out}")
+        sys.exit(128 + stopped_by)
+
+
+def peak_memory():
+    """GB that the program held at most, on the GPU where it is there, else in all"""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return math.nan
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def classify(args, checkpoint):
+    rows = read_texts(args.data, args.out.parent, args.text_column, args.label_column)
+    if checkpoint is None:
+        names = {label for _, _, label in rows}
+        args.classes = sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))  # 2 before 10
+    n_rows = Counter(label for _, _, label in rows)
+    for where, _, label in rows:
+        if label not in args.classes:
+            raise ValueError(f"{where}: the label {label!r} is none of {', '.join(args.classes)}")
+        if n_rows[label] < 3:
+            raise ValueError(f"{where}: the class {label!r} has less than 3 rows, one each for training, validation and test")
+    if len(args.classes) < 2:
+        raise ValueError(f"{args.data}: one class only, {args.classes[0]!r}")
+    parts = split_by_class([(text, label) for _, text, label in rows], args.classes, args.seed, args.balance)
+
+    gpt, tokenizer = load_base(args, [text for text, _ in parts[0]], args.context_length or 0)
+    model = GPTClassifier(gpt, len(args.classes))
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        model.score.requires_grad_()
+    else:
+        choose_trained(model, args.train or ("all" if args.init == "random" else "last"))
+    model.to(args.device)
+
+    limit = args.context_length or gpt.config.context_length
+    datasets = [ClassificationDataset(part, tokenizer, args.classes, limit) for part in parts]
+    print(", ".join(f"{n_rows[name]} {name}" for name in args.classes) + (", balanced" if args.balance else ""))
+    n_cut = sum(dataset.n_cut for dataset in datasets)
+    if n_cut:
+        print(f"{n_cut} texts are longer than {limit} tokens, and cut there")
+    loaders = [measuring_loader(dataset, 32, collate_texts) for dataset in datasets]
+    # Accuracy on the way: in training, of as many rows as validation has
+    some = ClassificationDataset(parts[0][: len(parts[1])], tokenizer, args.classes, limit)
+    curve_loaders = {"train_accuracy": measuring_loader(some, 32, collate_texts), "val_accuracy": loaders[1]}
+    curve = [] if checkpoint is None else read_losses(args.out / "accuracies.csv")
+
+    def save():
+        if args.lora_rank:
+            save_lora(model, args.out / "adapter", args.init)
+        save_classifier(merge_lora(copy.deepcopy(model)), tokenizer, args.classes, args.out)
+
+    def sample():
+        row = {name: accuracy(*score(model, loader)) for name, loader in curve_loaders.items()}
+        print(f"    accuracy: training {row['train_accuracy']:.1%}, validation {row['val_accuracy']:.1%}")
+        curve.append({"step": read_losses(args.out / "losses.csv")[-1]["step"]} | row)
+        write_losses(args.out / "accuracies.csv", curve, ["step", *row])
+
+    if checkpoint is None:
+        print_scores("before", [score(model, loader) for loader in loaders])
+    finetune(model, *datasets[:2], collate_texts, args, checkpoint, save=save, sample=sample)
+    curves = [("train_accuracy", "training", {"marker": "."}), ("val_accuracy", "validation", {"marker": "."})]
+    plot_losses(curve, args.out / "accuracies.png", curves, "accuracy")
+
+    best = load_classifier(args.out)[0].to(args.device)
+    scores = [score(best, loader) for loader in loaders]
+    print_scores("after", scores)
+    print_confusion(*scores[2], args.classes)
+    print(f'{args.out} is a classifier: python finetune.py predict {args.out} "{parts[2][0][0][:40]}"')
+
+
+def choose_trained(model, how):
+    """head: the scores alone; last: also what makes the features that they read, the last block and norm; all: everything"""
+    model.requires_grad_(how == "all")
+    for module in [model.score] + ([model.transformer.h[-1], model.transformer.ln_f] if how == "last" else []):
+        module.requires_grad_()
+
+
+def print_scores(when, scores):
+    print(f"\n{when:12}    loss  accuracy")
+    for name, (logits, labels) in zip(("training", "validation", "test"), scores):
+        print(f"  {name:12}{F.cross_entropy(logits, labels):6.3f}  {accuracy(logits, labels):8.2%}")
+    print()
+
+
+def print_confusion(logits, labels, classes):
+    """Which class was taken for which, and how far each can be trusted"""
+    guesses, most = logits.argmax(dim=1), int(labels.mode().values)
+    print(f"always {classes[most]!r} would be right in {(labels == most).float().mean():.2%} of the test\n")
+    width = max(8, *(len(name) + 3 for name in classes))
+    print(" " * width + "".join(f"{'as ' + name:>{width + 2}}" for name in classes) + "  precision  recall")
+    for i, name in enumerate(classes):
+        row = [int(((labels == i) & (guesses == j)).sum()) for j in range(len(classes))]
+        n_guessed, n_there = int((guesses == i).sum()), int((labels == i).sum())
+        cells = "".join(f"{n:{width + 2}}" for n in row)
+        print(f"{name:>{width}}{cells}  {row[i] / max(1, n_guessed):9.1%}  {row[i] / n_there:6.1%}")
+    print()
+
+
+def predict(args):
+    model, tokenizer, classes = load_classifier(args.folder)
+    texts = args.texts or sys.stdin.read().splitlines()
+    for n, text in enumerate(texts, 1):
+        if not text.strip():
+            raise ValueError(f"text {n} is empty")
+    rows = [(text, classes[0]) for text in texts]  # any class; it is not looked at
+    dataset = ClassificationDataset(rows, tokenizer, classes, model.transformer.config.context_length)
+    if dataset.n_cut:
+        print(f"{dataset.n_cut} of {len(texts)} texts are too long, and read only in part", file=sys.stderr)
+    logits, _ = score(model.to(args.device), create_dataloader(dataset, 32, collate_fn=collate_texts))
+    for text, probs in zip(texts, logits.softmax(dim=1)):
+        print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
+
+
+# In a small vocabulary the words of the prompt alone take a hundred tokens; GPT-2's context is longer
+CONTEXT_FOR_INSTRUCTIONS = 256
+
+
+def instruct(args, checkpoint):
+    entries = read_instructions(args.data, args.out.parent)
+    if len(entries) < 3:
+        raise ValueError(f"{args.data}: {len(entries)} rows, but training, validation and test need one each")
+    random.Random(args.seed).shuffle(entries)
+    n_val, n_test = max(1, len(entries) // 20), max(1, len(entries) // 10)
+    parts = entries[n_val + n_test :], entries[:n_val], entries[n_val : n_val + n_test]
+    texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
+    model, tokenizer = load_base(args, texts, args.context_length or (0 if args.lora_rank else CONTEXT_FOR_INSTRUCTIONS))
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    model.to(args.device)
+
+    limit = args.context_length or model.config.context_length
+    datasets = [InstructionDataset(part, tokenizer, limit, args.train_on_prompt) for part in parts]
+    n_cut, n_left_out = sum(d.n_cut for d in datasets), sum(d.n_left_out for d in datasets)
+    print(f"{len(entries)} rows; of {limit} tokens that fit, {n_cut} had more and were cut, {n_left_out} had no room to answer")
+    if not all(datasets):
+        raise ValueError(f"{args.data}: too few rows fit into {limit} tokens; --context-length takes more")
+    training, validation, test = datasets
+
+    def save():
+        if args.lora_rank:
+            save_lora(model, args.out / "adapter", args.init)
+        save_gpt2(merge_lora(copy.deepcopy(model)), tokenizer, args.out)
+
+    def sample():
+        entry = validation.entries[0]
+        (response,) = answer(model, tokenizer, [entry], args.max_new_tokens)
+        print(textwrap.indent(f"{entry['instruction']} {entry['input']}\n-> {response}", "    "), end="\n\n", flush=True)
+
+    finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, sample=sample)
+
+    dtype, start = fast_dtype(args.device), time.perf_counter()
+    best = load_gpt2(args.out, device=args.device, dtype=dtype)[0]
+    responses = answer(best, tokenizer, test.entries, args.max_new_tokens)
+    results = [entry | {"response": response} for entry, response in zip(test.entries, responses)]
+    print(f"{len(results)} answers in {time.perf_counter() - start:.1f} s")
+    if args.compare:
+        base = load_base(args, texts, model.config.context_length)[0].to(args.device, dtype)
+        for result, response in zip(results, answer(base, tokenizer, test.entries, args.max_new_tokens)):
+            result["base_response"] = response
+    with complete_file(args.out / "responses.json") as part:
+        part.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for result in results[:3]:
+        print()
+        for key, value in result.items():
+            print(f"{key:>13}: {value}")
+    print(f"\n{args.out / 'responses.json'} has all of them; to talk: python finetune.py chat {args.out}")
+
+
+JUDGE_PROMPT = """Score how well a response follows an instruction, from 0 (not at all) to 100 (perfectly).
+
+Instruction: {instruction}
+Input: {input}
+A correct response: {output}
+Response to be scored: {response}
+
+Answer with the number alone."""
+
+
+def judge(args):
+    records = read_records(args.responses, Path())
+    kinds = [kind for kind in ("response", "base_response") if kind in records[0][1]] or ["response"]
+    for kind in kinds:
+        scores = []
+        for n, (where, record) in enumerate(records, 1):
+            row = {key: record.get(key) for key in ("instruction", "input", "output")} | {"response": record.get(kind)}
+            for key, value in row.items():
+                if not isinstance(value, str):
+                    raise ValueError(f"{where}: {kind if key == 'response' else key!r} is missing, or not a text")
+            scores.append(ask(args.url, args.model, JUDGE_PROMPT.format(**row), where))
+            show_progress(f"{kind}: {n} of {len(records)}")
+        given = [number for number in scores if number is not None]
+        if not given:
+            raise ValueError(f"{args.url}: none of {len(scores)} replies was a number from 0 to 100")
+        print_line(f"{kind}: mean {sum(given) / len(given):.1f} of {len(given)} scores")
+        if len(given) < len(scores):
+            print(f"{len(scores) - len(given)} replies were no number from 0 to 100", file=sys.stderr)
+
+
+def ask(url, model, prompt, where):
+    """One question to a server that speaks OpenAI's language -> the number in its reply, or None where there is none"""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "seed": 1}
+    try:
+        response = requests.post(url.rstrip("/") + "/chat/completions", json=body, timeout=300)  # large judges are slow
+        response.raise_for_status()
+        reply = response.json()["choices"][0]["message"]["content"]
+        number = re.fullmatch(r"\D*?(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", re.sub(r"(?s)<think>.*</think>", "", reply))
+    except (requests.RequestException, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{url}: {error!r:.200}, at {where}") from None
+    return float(number[1]) if number and float(number[1]) <= 100 else None
+
+
+def chat(args):
+    model, tokenizer = load_gpt2(args.folder, device=args.device, dtype=fast_dtype(args.device))
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    limit = model.config.context_length
+    print("Ctrl-C stops an answer, Ctrl-D ends the talk.")
+    turns = []  # [question, answer]
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            continue
+        if not question:
+            continue
+        turns.append([question, ""])
+        # The oldest turns are forgotten where they leave too little room for an answer
+        while len(ids := tokenizer.encode(talk(turns))) > limit - min(args.max_new_tokens, limit // 4) and len(turns) > 1:
+            del turns[0]
+        if len(ids) > limit:
+            print(f"That is too long: with its form it has {len(ids)} tokens, and {limit} fit.")
+            turns.clear()
+            continue
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
+        try:
+            for i in model.stream(
+                ids,
+                min(args.max_new_tokens, limit + 1 - len(ids)),
+                temperature=args.temperature,
+                top_k=args.top_k,
+                eos_id=tokenizer.eot,
+                generator=generator,
+            ):
+                piece = decoder.decode(tokenizer.tokens.get(i, b"\xff"))
+                turns[-1][1] += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" ...", end="")
+        print()
+
+
+def talk(turns):
+    """Turns of (question, answer) as one text; the prompt's first words stand once"""
+    (question, response), *later = turns
+    text = format_prompt({"instruction": question}) + response
+    return text + "".join(f"\n\n### Instruction:\n{question}\n\n### Response:\n{response}" for question, response in later)
+
+
+def parse_arguments():
+    """The command line; with --resume, on top of what the run to be resumed was started with"""
+    parser = CommandLine(description="Finetune a GPT-2, and use what came of it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, text in [
+        ("classify", "learn to put texts into classes"),
+        ("predict", "say the class of texts"),
+        ("instruct", "learn to answer instructions"),
+        ("judge", "have a model on a server score answers"),
+        ("chat", "talk to a model"),
+    ]:
+        parsers[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    for name, data, out, epochs in [("classify", "messages.tsv", "out/spam", 8.0), ("instruct", "instructions.json", "out/assistant", 3.0)]:
+        add = parsers[name].add_argument
+        add("--init", default=BASE, help="start from this GPT-2, a folder or a published name, or from 'random' weights")
+        add("--data", default=str(DATA / data), metavar="FILE", help="rows to learn from, a file or a URL")
+        add("--out", type=Path, default=Path(out), help="folder for all that the run writes")
+        add("--overwrite", action="store_true", help="replace the run that is in --out")
+        add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
+        add("--context-length", type=int, help="tokens of a row that are read (default: the model's)")
+        add("--dropout", type=float, help="share of activations dropped in training (default: 0.1, from random weights 0.3)")
+        add("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank instead of the weights. 0: none")
+        add("--lora-alpha", type=float, default=16.0, help="what the adapters add is multiplied by alpha / rank")
+        add("--lora-dropout", type=float, default=0.05, help="share of inputs dropped before the adapters")
+        add("--lora-targets", nargs="+", default=list(LORA_TARGETS), help="names of the matrices that get adapters")
+        add("--epochs", type=float, default=epochs, help="how often every row is learned from")
+        add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
+        for f in fields(TrainConfig):
+            if f.name not in ("steps", "learning_rate", "eval_every"):
+                add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
+        add("--learning-rate", type=float, help="at its peak (default: 5e-5 for 50M weights and more; else 1e-3, or 3e-4 for the last layers alone)")
+        add("--eval-every", type=int, help="steps from one validation and checkpoint to the next (default: an epoch)")
+
+    add = parsers["classify"].add_argument
+    add("--text-column", help=f"name of the column with the texts (default: {', '.join(TEXT_COLUMNS)})")
+    add("--label-column", help=f"name of the column with the classes (default: {', '.join(LABEL_COLUMNS)})")
+    add("--balance", action="store_true", help="use as many rows of each class as the rarest has")
+    add("--train", choices=["head", "last", "all"], help="the weights to train (default: head, norm and block at the end)")
+
+    add = parsers["instruct"].add_argument
+    add("--train-on-prompt", action="store_true", help="learn to write the prompts too")
+    add("--compare", action="store_true", help="write the answers of the model that was the start, too")
+    add("--max-new-tokens", type=int, default=256, help="longest answer")
+
+    add = parsers["predict"].add_argument
+    add("folder", type=Path, help="what classify wrote, such as out/spam")
+    add("texts", nargs="*", help="texts; with none, each line of the standard input is one")
+    add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
+
+    add = parsers["judge"].add_argument
+    add("responses", nargs="?", default="out/assistant/responses.json", help="what instruct wrote")
+    add("--url", default="http://localhost:11434/v1", help="where an OpenAI-compatible server listens; this is Ollama's")
+    add("--model", default="llama3", help="the server's name of the model that judges")
+
+    add = parsers["chat"].add_argument
+    add("folder", type=Path, nargs="?", default=Path("out/assistant"), help="what instruct wrote, or any GPT-2 folder")
+    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
+    add("--top-k", type=int, default=50, help="sample among the k likeliest tokens")
+    add("--max-new-tokens", type=int, default=256, help="longest answer")
+    add("--seed", type=int, default=0, help="the same seed gives the same answers")
+    add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
+
+    args = parser.parse_args()
+    if args.command not in ("classify", "instruct"):
+        return args, None
+    if not args.resume:
+        if not args.overwrite and any((args.out / name).exists() for name in ("resume.pt", "config.json")):
+            raise ValueError(
+                f"{args.out} holds a run: --resume {args.out} goes on with it, --overwrite replaces it, --out NAME leaves it alone"
+            )
+        return args, None
+    checkpoint = read_checkpoint(args.resume)
+    if checkpoint["settings"].get("command") != args.command:
+        raise ValueError(f"{args.resume / 'resume.pt'}: not the state of a run of {args.command}")
+    parsers[args.command].set_defaults(**checkpoint["settings"])
+    args = parser.parse_args()
+    args.out = args.resume
+    return args, checkpoint
+
+
+def main():
+    args, checkpoint = parse_arguments()
+    if args.command in ("classify", "instruct"):
+        with sole_run(args.out):
+            {"classify": classify, "instruct": instruct}[args.command](args, checkpoint)
+    else:
+        {"predict": predict, "judge": judge, "chat": chat}[args.command](args)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -506,32 +506,36 @@ class GPT(nn.Module):
         modes = {module: module.training for module in self.modules()}  # each by itself: parts may be frozen in eval mode
         self.eval()
         try:
-            cache, ended = None, [False] * len(texts)
+            rows, cache = list(range(len(texts))), None  # rows: those that go on
             for _ in range(max_new_tokens):
-                lengths = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
+                lengths = torch.tensor([len(texts[row]) for row in rows], device=device)[:, None]  # (B, 1)
                 if cache is None:  # read whole texts, padded on the right, where nothing before the padding can see it
-                    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long, device=device)
-                    for row, text in zip(ids, texts):
-                        row[: len(text)] = torch.tensor(text)
+                    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
+                    for padded, row in zip(ids, rows):
+                        padded[: len(texts[row])] = torch.tensor(texts[row])
                     positions = torch.arange(ids.size(1), device=device).expand_as(ids)
-                    cache = self.empty_cache(len(texts), min(limit, ids.size(1) + max_new_tokens))
+                    cache = self.empty_cache(len(rows), min(limit, ids.size(1) + max_new_tokens))
                     x = self.features(ids, cache, positions)
                     x = x[torch.arange(len(x), device=device)[:, None], lengths - 1]  # the last token of each, (B, 1, C)
                 else:
-                    ids = torch.tensor([text[-1:] for text in texts], device=device)
+                    ids = torch.tensor([texts[row][-1:] for row in rows], device=device)
                     x = self.features(ids, cache, positions=lengths - 1)
                 next_ids = sample(self.head(x[:, 0]), temperature, top_k, top_p, generator).tolist()
 
-                for row, i in enumerate(next_ids):
-                    ended[row] = ended[row] or i == eos_id
-                    if not ended[row]:
-                        texts[row].append(i)
-                if all(ended):
+                kept = [n for n, i in enumerate(next_ids) if i != eos_id]
+                if len(kept) < len(rows):
+                    rows, next_ids = [rows[n] for n in kept], [next_ids[n] for n in kept]
+                    cache = [(keys[kept], values[kept]) for keys, values in cache]
+                if not rows:
                     return
-                yield [None if end else i for i, end in zip(next_ids, ended)]
-                for text in texts:
-                    if len(text) > limit:
-                        del text[: -max(1, limit // 2)]
+                new_ids = [None] * len(texts)
+                for row, i in zip(rows, next_ids):
+                    new_ids[row] = i
+                    texts[row].append(i)
+                yield new_ids
+                for row in rows:
+                    if len(texts[row]) > limit:
+                        del texts[row][: -max(1, limit // 2)]
                         cache = None
         finally:
             for module, training in modes.items():

@@ -825,6 +825,7 @@ def parse_arguments():
         for f in fields(TrainConfig):
             if f.name not in ("steps", "learning_rate", "eval_every"):
                 add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
+        parsers[name].set_defaults(batch_size=8)  # hundreds of rows, not thousands of windows
         add("--learning-rate", type=float, help="at its peak (default: 5e-5 for 50M weights and more; else 1e-3, or 3e-4 for the last layers alone)")
         add("--eval-every", type=int, help="steps from one validation and checkpoint to the next (default: an epoch)")
 

@@ -340,6 +340,7 @@ def print_line(line):
 @contextlib.contextmanager
 def sole_run(out):
     """Make the folder `out` and hold it: the files of two runs at once would mix. Leave none behind if nothing came of it."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         if fcntl is None:
@@ -354,8 +355,9 @@ def sole_run(out):
         finally:
             os.close(folder)
     finally:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # only where it is empty
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where it is empty
 
 
 def write_losses(path, rows, columns=("step", "train_loss", "val_loss", "learning_rate")):

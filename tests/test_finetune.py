@@ -345,7 +345,7 @@ def test_bad_rows_are_named(monkeypatch, capsys, tmp_path, command, rows, messag
         ("d.json", b"[{", "d.json: damaged"),
         ("d.jsonl", b'{"text": "a", "label": "b"}\n{"text', "d.jsonl, line 2: damaged"),
         ("d.zip", b"PK\x05\x06" + bytes(18), "d.zip"),
-        ("d.tsv", b"", "d.tsv: no rows"),
+        ("d.tsv", b"", "d.tsv: empty"),
     ],
 )
 def test_bad_files_are_named(monkeypatch, capsys, tmp_path, name, content, message):

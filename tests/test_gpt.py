@@ -554,6 +554,16 @@ def test_generation_does_not_touch_a_compiled_graph(tiny):
     assert calls and not any("_orig_mod" in name for name in model.state_dict())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_is_the_same_model():
+    model = load_gpt2(TINY, device="cuda")[0]
+    expected = read_safetensors(TINY / "expected.safetensors")
+    with torch.no_grad():
+        logits = model(expected["ids"].cuda()).cpu()
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
+    assert model.generate(PROMPTS, 60, temperature=0) == load_gpt2(TINY)[0].generate(PROMPTS, 60, temperature=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The file by itself
 

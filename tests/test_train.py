@@ -219,6 +219,14 @@ def test_a_run_leaves_a_folder_that_opens(quick, tmp_path, capsys):
     assert total / len(counted) == pytest.approx(min(val_losses.values()), abs=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_losses_are_the_same(quick):
+    one, other = (quick(device, "--device", device, "--no-compile") for device in ("cpu", "cuda"))
+    for name in ("train_loss", "val_loss"):
+        a, b = ([float(row[name]) for row in rows if row[name]] for rows in (one, other))
+        assert a == pytest.approx(b, rel=1e-3)
+
+
 def test_the_best_weights_stay_when_later_ones_are_worse(quick, tmp_path):
     rows = quick("out", "--steps", 24, "--learning-rate", 0.3, "--grad-clip", 1000, base=FRESH)
     losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]

@@ -861,6 +861,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.command not in ("classify", "instruct"):
         return args, None
+    if args.lora_rank and getattr(args, "train", None):
+        raise ValueError("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
     if not args.resume:
         if not args.overwrite and any((args.out / name).exists() for name in ("resume.pt", "config.json")):
             raise ValueError(

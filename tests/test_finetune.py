@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune as finetune_py
+from conftest import run_main
 from finetune import (
     ClassificationDataset,
     GPTClassifier,
@@ -34,7 +36,7 @@ from finetune import (
     score,
 )
 from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, Tokenizer, create_dataloader
-from load_gpt2 import load_gpt2, one_line_errors, read_safetensors, save_gpt2
+from load_gpt2 import load_gpt2, read_safetensors, save_gpt2
 from train import read_losses
 
 ROOT = Path(__file__).parent.parent
@@ -42,16 +44,7 @@ TINY = ROOT / "tests" / "tiny-gpt2"
 QUICK = ["--init", TINY, "--epochs", 1, "--warmup", 2, "--dtype", "float32"]
 
 
-def run(monkeypatch, capsys, *args):
-    """finetune.py as a user runs it, in this process -> exit code, standard output, standard error"""
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
-    code = 0
-    try:
-        with one_line_errors():
-            finetune_py.main()
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+run = partial(run_main, finetune_py)
 
 
 def start(*args):
@@ -567,6 +560,6 @@ def test_help_of_every_command(monkeypatch, capsys):
         assert code == 0 and "(default: " in output and "None" not in output
     code, output, _ = run(monkeypatch, capsys, "--help")
     assert code == 0 and all(command in output for command in commands)
-    for args in (["classify", "--lora"], ["classify", "--lora-rank", "-1"], [], ["frobnicate"]):
+    for args in (["classify", "--lora"], ["classify", "--train", "all", "--lora-rank", "2"], ["classify", "--lora-rank", "-1"], [], ["frobnicate"]):
         code, _, error = run(monkeypatch, capsys, *args)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1

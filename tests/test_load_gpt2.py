@@ -8,12 +8,14 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import load_gpt2
+from conftest import run_main
 from gpt import GPT, GPTConfig, Tokenizer
 from load_gpt2 import DTYPES, load_gpt2 as load, read_safetensors, save_gpt2, write_safetensors
 
@@ -21,16 +23,7 @@ ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny-gpt2"
 
 
-def run(monkeypatch, capsys, *args):
-    """load_gpt2.py as a user runs it, in this process -> exit code, standard output, standard error"""
-    monkeypatch.setattr(sys, "argv", ["load_gpt2.py", *map(str, args)])
-    code = 0
-    try:
-        with load_gpt2.one_line_errors():
-            load_gpt2.main()
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+run = partial(run_main, load_gpt2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

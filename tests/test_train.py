@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 import train as train_py
+from conftest import run_main
 from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
-from load_gpt2 import load_gpt2, one_line_errors
+from load_gpt2 import load_gpt2
 from train import TrainConfig, create_optimizer, read_chunks, read_losses, read_tokens, scheduled_learning_rate, tokenize, train
 
 ROOT = Path(__file__).parent.parent
@@ -33,16 +35,7 @@ QUICK = ["--init", TINY, *SHORT]
 FRESH = ["--vocab-size", 300, *SHORT]  # with a vocabulary and a model of its own
 
 
-def run(monkeypatch, capsys, *args):
-    """train.py as a user runs it, in this process -> exit code, standard output, standard error"""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    code = 0
-    try:
-        with one_line_errors():
-            train_py.main()
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
+run = partial(run_main, train_py)
 
 
 def start(*args, launcher=()):

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 
-from gpt import GPT, SMALL_CONFIGS, Tokenizer, complete_file, create_dataloader
+from gpt import GPT, GPTConfig, Tokenizer, complete_file, create_dataloader
 from load_gpt2 import (
     TRANSPOSED,
     CommandLine,
@@ -392,15 +392,14 @@ def read_json(text, where):
 
 
 def read_table(text, path, columns, has_commas):
-    if has_commas:
-        csv.field_size_limit(2**31 - 1)  # texts may be long
-        reader = csv.reader(io.StringIO(text, newline=""))
-        try:
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    else:  # quotes are part of the text
-        lines = [(n, line.rstrip("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    # In a file with tabs, quotes are part of the text
+    style = {} if has_commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **style)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     header = ["label", "text"]
     if lines and {cell.lower() for cell in lines[0][1]} & {name.lower() for name in columns}:
         header = lines.pop(0)[1]
@@ -464,6 +463,21 @@ def split_by_class(rows, classes, seed, balance):
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
+# What --init random is: so small that a thousand short messages do not suffice to learn them by heart at once
+RANDOM = GPTConfig(1024, context_length=128, n_layer=2, n_head=4, n_embd=128)
+
+
+def fill_in(args, config):
+    """What the command line left open, by the size of the model"""
+    # Smaller than any published GPT-2, it knows little: all of it has to learn, and be kept from learning the rows by heart
+    is_small = config.n_embd < GPTConfig.n_embd
+    if args.dropout is None:
+        args.dropout = 0.3 if is_small else 0.1
+    if args.learning_rate is None:  # at which a large model would forget what it knows, but adapters do not
+        args.learning_rate = 1e-3 if is_small or args.lora_rank else 5e-5
+    if args.command == "classify" and args.train is None:
+        args.train = "all" if is_small else "last"
+
 
 def load_base(args, texts, context_length):
     """The model to start from, with args.dropout; its context grows where context_length is more, by positions yet unknown."""
@@ -471,20 +485,29 @@ def load_base(args, texts, context_length):
         raise ValueError(f"{BASE}: no such folder; `python train.py` makes it, or name another model with --init")
     torch.manual_seed(args.seed)
     if args.init == "random":
-        tokenizer = Tokenizer.train("\n".join(texts), SMALL_CONFIGS["nano"].vocab_size)
-        config, weights = replace(SMALL_CONFIGS["nano"], vocab_size=tokenizer.vocab_size), None
+        tokenizer = Tokenizer.train("\n".join(texts), RANDOM.vocab_size)
+        config, weights = replace(RANDOM, vocab_size=tokenizer.vocab_size), None
     else:
         base, tokenizer = load_gpt2(args.init)
         config, weights = base.config, base.state_dict()
     known = config.context_length
     if args.lora_rank and context_length > known:
         raise ValueError(f"--context-length {context_length} is more than the {known} of {args.init}, and LoRA cannot learn it")
-    dropout = (0.3 if weights is None else 0.1) if args.dropout is None else args.dropout  # who knows nothing learns by heart
-    model = GPT(replace(config, dropout=dropout, context_length=max(known, context_length)))
+    fill_in(args, config)
+    model = GPT(replace(config, dropout=args.dropout, context_length=max(known, context_length)))
     if weights is not None:
         weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])
         model.load_state_dict(weights)
     return model, tokenizer
+
+
+def check_unchanged(rows, args, checkpoint):
+    """Other rows would be split otherwise: what a run has learned from would be its test when it goes on."""
+    checksum = zlib.crc32(repr(rows).encode())
+    if checkpoint is None:
+        args.checksum = checksum
+    elif args.checksum != checksum:
+        raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; --overwrite begins anew")
 
 
 def measuring_loader(dataset, batch_size, collate_fn):
@@ -502,9 +525,6 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "steps"}
     steps_per_epoch = len(training) / args.batch_size
-    # Found by trying: a large model, moved as a whole, forgets what it knows at rates that adapters and small models need
-    rate = 1e-3 if args.lora_rank or n_trained == n_all else 3e-4
-    values["learning_rate"] = values["learning_rate"] or (5e-5 if n_trained > 50e6 else rate)
     values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
     config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
@@ -546,44 +566,41 @@ def peak_memory():
 
 def classify(args, checkpoint):
     rows = read_texts(args.data, args.out.parent, args.text_column, args.label_column)
-    if checkpoint is None:
-        names = {label for _, _, label in rows}
-        args.classes = sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))  # 2 before 10
+    check_unchanged(rows, args, checkpoint)
     n_rows = Counter(label for _, _, label in rows)
+    classes = sorted(n_rows, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))  # 2 before 10
     for where, _, label in rows:
-        if label not in args.classes:
-            raise ValueError(f"{where}: the label {label!r} is none of {', '.join(args.classes)}")
         if n_rows[label] < 3:
             raise ValueError(f"{where}: the class {label!r} has less than 3 rows, one each for training, validation and test")
-    if len(args.classes) < 2:
-        raise ValueError(f"{args.data}: one class only, {args.classes[0]!r}")
-    parts = split_by_class([(text, label) for _, text, label in rows], args.classes, args.seed, args.balance)
+    if len(classes) < 2:
+        raise ValueError(f"{args.data}: one class only, {classes[0]!r}")
+    parts = split_by_class([(text, label) for _, text, label in rows], classes, args.seed, args.balance)
 
     gpt, tokenizer = load_base(args, [text for text, _ in parts[0]], args.context_length or 0)
-    model = GPTClassifier(gpt, len(args.classes))
+    model = GPTClassifier(gpt, len(classes))
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
         model.score.requires_grad_()
     else:
-        choose_trained(model, args.train or ("all" if args.init == "random" else "last"))
+        choose_trained(model, args.train)
     model.to(args.device)
 
     limit = args.context_length or gpt.config.context_length
-    datasets = [ClassificationDataset(part, tokenizer, args.classes, limit) for part in parts]
-    print(", ".join(f"{n_rows[name]} {name}" for name in args.classes) + (", balanced" if args.balance else ""))
+    datasets = [ClassificationDataset(part, tokenizer, classes, limit) for part in parts]
+    print(", ".join(f"{n_rows[name]} {name}" for name in classes) + (", balanced" if args.balance else ""))
     n_cut = sum(dataset.n_cut for dataset in datasets)
     if n_cut:
         print(f"{n_cut} texts are longer than {limit} tokens, and cut there")
     loaders = [measuring_loader(dataset, 32, collate_texts) for dataset in datasets]
     # Accuracy on the way: in training, of as many rows as validation has
-    some = ClassificationDataset(parts[0][: len(parts[1])], tokenizer, args.classes, limit)
+    some = ClassificationDataset(parts[0][: len(parts[1])], tokenizer, classes, limit)
     curve_loaders = {"train_accuracy": measuring_loader(some, 32, collate_texts), "val_accuracy": loaders[1]}
     curve = [] if checkpoint is None else read_losses(args.out / "accuracies.csv")
 
     def save():
         if args.lora_rank:
             save_lora(model, args.out / "adapter", args.init)
-        save_classifier(merge_lora(copy.deepcopy(model)), tokenizer, args.classes, args.out)
+        save_classifier(merge_lora(copy.deepcopy(model)), tokenizer, classes, args.out)
 
     def sample():
         row = {name: accuracy(*score(model, loader)) for name, loader in curve_loaders.items()}
@@ -600,7 +617,7 @@ def classify(args, checkpoint):
     best = load_classifier(args.out)[0].to(args.device)
     scores = [score(best, loader) for loader in loaders]
     print_scores("after", scores)
-    print_confusion(*scores[2], args.classes)
+    print_confusion(*scores[2], classes)
     print(f'{args.out} is a classifier: python finetune.py predict {args.out} "{parts[2][0][0][:40]}"')
 
 
@@ -653,6 +670,7 @@ CONTEXT_FOR_INSTRUCTIONS = 256
 
 def instruct(args, checkpoint):
     entries = read_instructions(args.data, args.out.parent)
+    check_unchanged(entries, args, checkpoint)
     if len(entries) < 3:
         raise ValueError(f"{args.data}: {len(entries)} rows, but training, validation and test need one each")
     random.Random(args.seed).shuffle(entries)
@@ -807,7 +825,10 @@ def parse_arguments():
         ("chat", "talk to a model"),
     ]:
         parsers[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    for name, data, out, epochs in [("classify", "messages.tsv", "out/spam", 8.0), ("instruct", "instructions.json", "out/assistant", 3.0)]:
+    for name, data, out, epochs, batch_size in [
+        ("classify", "messages.tsv", "out/spam", 10.0, 16),
+        ("instruct", "instructions.json", "out/assistant", 3.0, 8),
+    ]:
         add = parsers[name].add_argument
         add("--init", default=BASE, help="start from this GPT-2, a folder or a published name, or from 'random' weights")
         add("--data", default=str(DATA / data), metavar="FILE", help="rows to learn from, a file or a URL")
@@ -815,7 +836,7 @@ def parse_arguments():
         add("--overwrite", action="store_true", help="replace the run that is in --out")
         add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
         add("--context-length", type=int, help="tokens of a row that are read (default: the model's)")
-        add("--dropout", type=float, help="share of activations dropped in training (default: 0.1, from random weights 0.3)")
+        add("--dropout", type=float, help="share of activations dropped in training (default: 0.1, in small models 0.3)")
         add("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank instead of the weights. 0: none")
         add("--lora-alpha", type=float, default=16.0, help="what the adapters add is multiplied by alpha / rank")
         add("--lora-dropout", type=float, default=0.05, help="share of inputs dropped before the adapters")
@@ -825,15 +846,15 @@ def parse_arguments():
         for f in fields(TrainConfig):
             if f.name not in ("steps", "learning_rate", "eval_every"):
                 add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
-        parsers[name].set_defaults(batch_size=8)  # hundreds of rows, not thousands of windows
-        add("--learning-rate", type=float, help="at its peak (default: 5e-5 for 50M weights and more; else 1e-3, or 3e-4 for the last layers alone)")
+        parsers[name].set_defaults(batch_size=batch_size)
+        add("--learning-rate", type=float, help="at its peak (default: 1e-3 for LoRA and small models, else 5e-5)")
         add("--eval-every", type=int, help="steps from one validation and checkpoint to the next (default: an epoch)")
 
     add = parsers["classify"].add_argument
     add("--text-column", help=f"name of the column with the texts (default: {', '.join(TEXT_COLUMNS)})")
     add("--label-column", help=f"name of the column with the classes (default: {', '.join(LABEL_COLUMNS)})")
     add("--balance", action="store_true", help="use as many rows of each class as the rarest has")
-    add("--train", choices=["head", "last", "all"], help="the weights to train (default: head, norm and block at the end)")
+    add("--train", choices=["head", "last", "all"], help="the weights to train (default: last, which is head, norm and last block; all of a small model)")
 
     add = parsers["instruct"].add_argument
     add("--train-on-prompt", action="store_true", help="learn to write the prompts too")
@@ -861,7 +882,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.command not in ("classify", "instruct"):
         return args, None
-    if args.lora_rank and getattr(args, "train", None):
+    if args.lora_rank and args.command == "classify" and args.train:
         raise ValueError("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
     if not args.resume:
         if not args.overwrite and any((args.out / name).exists() for name in ("resume.pt", "config.json")):

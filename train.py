@@ -15,12 +15,14 @@ import errno
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import pickle
 import re
 import signal
+import struct
 import sys
 import textwrap
 import time
@@ -461,45 +463,66 @@ def data_fingerprint(paths, tokenizer):
 
 
 def tokenize(paths, tokenizer, bin_path):
-    """Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already."""
+    """
+    Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already. What an
+    earlier process left unfinished goes on from where it stopped.
+    """
     fingerprint = data_fingerprint(paths, tokenizer)
+    part = bin_path.with_name(bin_path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     if bin_path.exists():
         with open(bin_path, "rb") as file:
-            magic, known = file.read(4), file.read(8 + len(fingerprint))[8:]
-        if known == fingerprint:
+            header = file.read(44)
+        if header[12:] == fingerprint:
             return
-        if magic != MAGIC.to_bytes(4, "little"):
+        if header[:4] != MAGIC.to_bytes(4, "little"):
             raise ValueError(f"{bin_path}: would be replaced by the tokens of the text, but is something else; choose another --out")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer.vocab_size:,} tokens do not fit the 16 bits of a token file")
 
-    def encode(text):
-        return tokenizer.encoding.encode_to_numpy(text, disallowed_special=()).astype("<u2").tobytes()
-
-    size, done, start = sum(path.stat().st_size for path in paths), 0, time.perf_counter()
-    waiting = deque()  # a few chunks ahead of the file, no more, so that memory stays small however long the text
+    def encode(text):  # None: the end of a text
+        ids = [tokenizer.eot] if text is None else tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
+        return np.asarray(ids).astype("<u2").tobytes()
 
     def write_next():
-        nonlocal done
+        nonlocal n_chunks, n_tokens, done
         n_bytes, ids = waiting.popleft()
+        file.seek(HEADER_BYTES + 2 * n_tokens)
         file.write(ids.result())
-        done += n_bytes
-        show_progress(f"tokenizing: {done / size:.0%}, {done / (time.perf_counter() - start) / 1e6:.0f} MB/s")
+        n_chunks, n_tokens, done = n_chunks + 1, (file.tell() - HEADER_BYTES) // 2, done + n_bytes
+        file.seek(0)  # a chunk counts once the header says so
+        file.write(struct.pack("<3i32s2q", MAGIC, VERSION, min(n_tokens, 2**31 - 1), fingerprint, n_chunks, n_tokens))
+        file.flush()
+        rate = max(1, done - skipped) / (time.perf_counter() - start)
+        left = timedelta(seconds=round((size - done) / rate))
+        show_progress(f"tokenizing: {done / size:.0%}, {rate / 1e6:.0f} MB/s, {left} left")
 
-    bin_path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_file(bin_path) as part, open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        file.write(bytes(HEADER_BYTES))
-        for path in paths:
-            for text in read_chunks(path):
-                waiting.append((len(text.encode()), pool.submit(encode, text)))
+    size, done, skipped = sum(path.stat().st_size for path in paths), 0, 0
+    waiting = deque()  # a few chunks ahead of the file, no more, so that memory stays small however long the text
+    part.touch()
+    try:
+        with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            header, n_chunks, n_tokens = file.read(60), 0, 0
+            if header[12:44] == fingerprint:
+                n_chunks, n_tokens = struct.unpack("<2q", header[44:])
+            else:
+                file.truncate(0)
+            n_known, start = n_chunks, time.perf_counter()
+            for n, text in enumerate(text for path in paths for text in itertools.chain(read_chunks(path), [None])):
+                n_bytes = len((text or "").encode())
+                if n < n_known:
+                    skipped = done = done + n_bytes
+                    continue
+                waiting.append((n_bytes, pool.submit(encode, text)))
                 if len(waiting) > 2 * os.cpu_count():
                     write_next()
             while waiting:
                 write_next()
-            file.write(np.array(tokenizer.eot, dtype="<u2").tobytes())
-        n_tokens = (file.tell() - HEADER_BYTES) // 2
-        file.seek(0)
-        file.write(np.array([MAGIC, VERSION, min(n_tokens, 2**31 - 1)], dtype="<i4").tobytes() + fingerprint)
+            file.truncate(HEADER_BYTES + 2 * n_tokens)
+    except ValueError:  # the text itself is wrong
+        part.unlink()
+        raise
+    os.replace(part, bin_path)
     print_line(f"{bin_path}: {n_tokens:,} tokens")
 
 

@@ -1,13 +1,17 @@
 """
-How fast this machine could be, how fast this project is, and how fast Hugging Face transformers is at the same work.
+How fast this machine could be, how fast this project is, and how fast others are at the same work.
 
-    pip install transformers && python tests/bench.py train        (or generate, or tokenize; all three without a name)
+    pip install transformers peft && python tests/bench.py                        every job
+    python tests/bench.py train generate --peer ../nanoGPT                        beside a checkout of nanoGPT or LLMs-from-scratch
+    python tests/bench.py finetune --model gpt2-medium                            memory of full and LoRA tuning
+    python tests/bench.py train generate --device cuda
 
-Every figure is measured in a process of its own, in turns with the others; the table gives the median of the rounds and,
-in brackets, the slowest and the fastest.
+Every figure is measured in a process of its own, in turns with the others; a table gives the median of the rounds and, in
+brackets, the slowest and the fastest. The first row is what the others are compared with.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -16,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,84 +31,173 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from finetune import add_lora
 from gpt import GPT, GPT2_CONFIGS, TokenDataset, Tokenizer, create_dataloader
-from load_gpt2 import fast_dtype
+from load_gpt2 import fast_dtype, load_gpt2, save_gpt2
 from train import TrainConfig, tokenize, train
 
-ROWS, WINDOW = 4, 256  # tokens of a training step
+parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+parser.add_argument("jobs", nargs="*", metavar="JOB", help="train, generate, tokenize, load, finetune (default: all)")
+parser.add_argument("--device", default="cpu", help="cpu or cuda")
+parser.add_argument("--model", default="gpt2", choices=GPT2_CONFIGS)
+parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT or LLMs-from-scratch, to be measured too")
+parser.add_argument("--rounds", type=int, default=3)
+parser.add_argument("--measure", help=argparse.SUPPRESS)  # the row of which this process is to print the rate
+args = parser.parse_args()
+
+device, config = torch.device(args.device), GPT2_CONFIGS[args.model]
+bf16, fp32, fast = torch.bfloat16, torch.float32, fast_dtype(device)
+ROWS, WINDOW = (4, 256) if device.type == "cpu" else (32, 1024)  # tokens of a training step
+STEPS = 7  # of which the first three warm up, compile and fill the allocator
 PROMPT, NEW_TOKENS = list(range(8)), 100
+N_WEIGHTS = sum(p.numel() for p in GPT(config).parameters()) if args.measure else 0
 
 
-def seconds(work, rounds=5):
-    """Of the fastest of some rounds, after one to warm up: what the machine can do, not what it happens to do"""
+def now():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work, rounds=3):
+    """Of the fastest of some rounds, after one to warm up"""
     times = []
     for _ in range(rounds + 1):
-        start = time.perf_counter()
+        start = now()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: tokens/s
+
+
+def step_rate(times, tokens):
+    return tokens / median(b - a for a, b in itertools.pairwise(times[3:]))
+
+
+def train_ours(change=lambda model: model, rows=ROWS, window=WINDOW):
+    """train.py's own loop"""
+    torch.manual_seed(0)
+    data = TokenDataset(torch.randint(0, 50257, (10 * rows * window,)), window)
+    loaders = create_dataloader(data, rows, shuffle=True), create_dataloader(torch.utils.data.Subset(data, range(rows)), rows)
+    times, model = [], change(GPT(config)).to(device)
+    if device.type == "cuda":
+        model.compile()
+    model.register_forward_pre_hook(lambda *_: times.append(now()) if model.training else None)
+    with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
+        train(model, *loaders, TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS), Path(out), save=lambda: None)
+    return step_rate(times, rows * window)
+
+
+def train_steps(model, loss_of, optimizer, rows=ROWS, window=WINDOW):
+    """The plainest loop"""
+    ids, times = torch.randint(0, 50257, (rows, window + 1), device=device), []
+    for _ in range(STEPS):
+        times.append(now())
+        loss_of(model, ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step_rate(times, rows * window)
+
+
+def transformers_model(dtype=fp32):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    return GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)).to(device, dtype)
+
+
+def train_transformers(dtype, lora=False, **sizes):
+    model = transformers_model(dtype).train()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["c_attn", "c_proj", "c_fc"]
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return train_steps(model, lambda model, inputs, _: model(inputs, labels=inputs).loss, optimizer, **sizes)
+
+
+def peer_model():
+    """A GPT of nanoGPT or LLMs-from-scratch, and how it gives its loss and continues a text"""
+    torch.manual_seed(0)
+    sys.modules.pop("gpt")  # theirs has the same name
+    if (args.peer / "model.py").exists():
+        sys.path.insert(0, str(args.peer))
+        from model import GPT as PeerGPT
+        from model import GPTConfig as PeerConfig
+
+        sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+        with redirect_stdout(sys.stderr):
+            model = PeerGPT(PeerConfig(**sizes, vocab_size=50257, bias=True)).to(device)
+        return model, lambda model, *batch: model(*batch)[1], lambda model, ids, n: model.generate(ids, n, top_k=1)
+    sys.path.insert(0, str(args.peer / "ch04" / "01_main-chapter-code"))
+    from gpt import GPTModel, generate_text_simple
+
+    sizes = {"n_layers": config.n_layer, "n_heads": config.n_head, "emb_dim": config.n_embd}
+    shared = {"vocab_size": 50257, "context_length": 1024, "drop_rate": 0.0, "qkv_bias": True}
+    return (
+        GPTModel(sizes | shared).to(device),
+        lambda model, inputs, targets: torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()),
+        lambda model, ids, n: generate_text_simple(model, ids, n, context_size=1024),
+    )
+
+
+def train_peer():
+    model, loss_of, _ = peer_model()
+    return train_steps(model.train(), loss_of, torch.optim.AdamW(model.parameters(), lr=1e-4))
 
 
 def product_rate(dtype):
     """FLOP/s of the matrix product of the model's widest layer"""
-    x, weight = torch.randn(ROWS * WINDOW, 768).to(dtype), torch.randn(3072, 768).to(dtype)
-    return 2 * x.numel() * len(weight) / seconds(lambda: [x @ weight.T for _ in range(10)]) * 10
+    x, weight = torch.randn(ROWS * WINDOW, config.n_embd), torch.randn(4 * config.n_embd, config.n_embd)
+    x, weight = x.to(device, dtype), weight.to(device, dtype)
+    return 2 * x.numel() * len(weight) / seconds(lambda: [x @ weight.T for _ in range(10)], rounds=5) * 10
 
 
-def read_rate():
-    """Bytes/s of reading more memory than any cache holds"""
-    x = torch.ones(2**27)
-    return x.numel() * 4 / seconds(x.sum)
+def train_limit(dtype, flop=6):
+    """6 FLOP for each weight and token, 2 forward and 4 backward; 2 fewer for frozen weights. The position table has none."""
+    return product_rate(dtype) / (flop * (N_WEIGHTS - config.context_length * config.n_embd))
 
 
-def train_limit(dtype):
-    """6 FLOP for each weight and token: 2 forward, 4 backward. The position table takes no part in products."""
-    weights = sum(p.numel() for p in GPT(GPT2_CONFIGS["gpt2"]).parameters()) - 1024 * 768
-    return product_rate(dtype) / (6 * weights)
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation: new tokens/s, greedy
 
 
-def train_ours():
-    """train.py's own loop, as `train.py --model gpt2 --batch-size 4 --context-length 256` runs it"""
+def generate_ours(dtype, prompts=(PROMPT,)):
     torch.manual_seed(0)
-    data = TokenDataset(torch.randint(0, 50257, (10_000,)), WINDOW)
-    loaders = create_dataloader(data, ROWS, shuffle=True), create_dataloader(torch.utils.data.Subset(data, range(4)), ROWS)
-    times = []
-    with tempfile.TemporaryDirectory() as out:
-        model = GPT(GPT2_CONFIGS["gpt2"])
-        model.register_forward_pre_hook(lambda *_: times.append(time.perf_counter()) if model.training else None)
-        train(model, *loaders, TrainConfig(steps=6, batch_size=ROWS, eval_every=6), Path(out), save=lambda: None)
-    return ROWS * WINDOW / median(b - a for a, b in zip(times[1:], times[2:]))
+    model = GPT(config).to(device, dtype)
+    return len(prompts) * NEW_TOKENS / seconds(lambda: model.generate(prompts, NEW_TOKENS, temperature=0))
 
 
-def train_transformers():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, 50257, (ROWS, WINDOW))
-    times = []
-    for _ in range(6):
-        times.append(time.perf_counter())
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return ROWS * WINDOW / median(b - a for a, b in zip(times[1:], times[2:]))
-
-
-def generate_ours(dtype):
-    torch.manual_seed(0)
-    model = GPT(GPT2_CONFIGS["gpt2"]).to(dtype)
-    return NEW_TOKENS / seconds(lambda: model.generate([PROMPT], NEW_TOKENS, temperature=0), rounds=3)
+def ragged_prompts(n):
+    lengths = torch.randint(4, 65, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [list(range(length)) for length in lengths]
 
 
 def generate_transformers(dtype):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).to(dtype).eval()
+    model = transformers_model(dtype).eval()
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 50256}
-    return NEW_TOKENS / seconds(lambda: model.generate(torch.tensor([PROMPT]), **options), rounds=3)
+    return NEW_TOKENS / seconds(lambda: model.generate(torch.tensor([PROMPT], device=device), **options))
+
+
+@torch.no_grad()
+def generate_peer():
+    model, _, generate = peer_model()
+    return NEW_TOKENS / seconds(lambda: generate(model.eval(), torch.tensor([PROMPT], device=device), NEW_TOKENS), rounds=1)
+
+
+def generate_limit(dtype):
+    """Reading every weight once for each token, at the rate at which this machine adds up more than any cache holds"""
+    x = torch.ones(2**27, device=device)
+    return x.nbytes / seconds(x.sum, rounds=5) / (dtype.itemsize * N_WEIGHTS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizing: bytes/s; loading: folders/s
 
 
 def long_text(n_characters):
@@ -112,7 +206,7 @@ def long_text(n_characters):
 
 
 def tokenize_ours():
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         path = Path(folder) / "text.txt"
         path.write_text(long_text(50_000_000), encoding="utf-8")
         start = time.perf_counter()
@@ -130,65 +224,97 @@ def tokenize_tiktoken():
     return len(text) / (time.perf_counter() - start)
 
 
-bf16, fp32, fast = torch.bfloat16, torch.float32, fast_dtype("cpu")
-name = str(fast).removeprefix("torch.")
-JOBS = {  # the first row of each is what the others are compared with
-    "train": {
-        "transformers, float32": train_transformers,
-        f"this project, {name}": train_ours,
-        f"limit: matrix products in {name}": lambda: train_limit(fast),
-        "limit: matrix products in float32": lambda: train_limit(fp32),
+def load(read):
+    with tempfile.TemporaryDirectory() as folder:
+        save_gpt2(GPT(config), Tokenizer.gpt2(), folder)
+        return 1 / seconds(lambda: read(folder))
+
+
+def from_pretrained(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder).to(device), AutoTokenizer.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZES = {"rows": 8, "window": 128}  # of a step of finetuning
+fast_name = str(fast).removeprefix("torch.")
+JOBS = {
+    f"Training {args.model}, {ROWS} x {WINDOW} tokens a step, tokens/s": {
+        "train: transformers, float32": lambda: train_transformers(fp32),
+        "train: transformers, all in bfloat16": lambda: train_transformers(bf16),
+        "train: peer": train_peer,
+        f"train: this project, {fast_name} products": train_ours,
+        f"train: limit, matrix products in {fast_name}": lambda: train_limit(fast),
+        "train: limit, matrix products in float32": lambda: train_limit(fp32),
     },
-    "generate": {
-        "transformers, float32": lambda: generate_transformers(fp32),
-        "transformers, bfloat16": lambda: generate_transformers(bf16),
-        "this project, float32": lambda: generate_ours(fp32),
-        "this project, bfloat16": lambda: generate_ours(bf16),
-        "limit: reading bfloat16 weights": lambda: read_rate() / (2 * 124e6),
-        "limit: reading float32 weights": lambda: read_rate() / (4 * 124e6),
+    f"{args.model} writing {NEW_TOKENS} tokens after {len(PROMPT)}, greedily, tokens/s": {
+        "generate: transformers, float32": lambda: generate_transformers(fp32),
+        "generate: transformers, bfloat16": lambda: generate_transformers(bf16),
+        "generate: peer": generate_peer,
+        "generate: this project, float32": lambda: generate_ours(fp32),
+        "generate: this project, bfloat16": lambda: generate_ours(bf16),
+        "generate: this project, bfloat16, 32 ragged prompts": lambda: generate_ours(bf16, ragged_prompts(32)),
+        "generate: limit, reading bfloat16 weights": lambda: generate_limit(bf16),
+        "generate: limit, reading float32 weights": lambda: generate_limit(fp32),
     },
-    "tokenize": {
-        "tiktoken's encode_ordinary, all cores": tokenize_tiktoken,
-        "this project, text file to token file": tokenize_ours,
+    "50 MB of text to GPT-2 tokens, bytes/s": {
+        "tokenize: tiktoken's encode_ordinary, all cores": tokenize_tiktoken,
+        "tokenize: this project, text file to token file": tokenize_ours,
+    },
+    f"Loading {args.model} and its tokenizer from a local folder, times/s": {
+        "load: transformers": lambda: load(from_pretrained),
+        "load: this project": lambda: load(lambda folder: load_gpt2(folder, device=device)),
+        "load: limit, reading the file": lambda: load(lambda folder: (Path(folder) / "model.safetensors").read_bytes()),
+    },
+    f"Finetuning {args.model}, 8 x 128 tokens a step, tokens/s": {
+        "finetune: transformers, float32": lambda: train_transformers(fp32, **SIZES),
+        "finetune: transformers + peft, float32, LoRA 16": lambda: train_transformers(fp32, lora=True, **SIZES),
+        f"finetune: this project, {fast_name} products": lambda: train_ours(**SIZES),
+        f"finetune: this project, {fast_name} products, LoRA 16": lambda: train_ours(lambda gpt: add_lora(gpt, 16), **SIZES),
+        f"finetune: limit, matrix products in {fast_name}": lambda: train_limit(fast),
+        f"finetune: limit, matrix products in {fast_name}, LoRA": lambda: train_limit(fast, flop=4),
     },
 }
-TITLES = {
-    "train": f"Training GPT-2 124M, {ROWS} x {WINDOW} tokens a step, tokens/s",
-    "generate": f"GPT-2 124M greedily writing {NEW_TOKENS} tokens after {len(PROMPT)}, tokens/s",
-    "tokenize": "50 MB of text to GPT-2 tokens, bytes/s",
-}
+
+
+def measure(row):
+    """The rate and the peak memory of one row, in GB, as the last line of the output"""
+    rate = {row: work for rows in JOBS.values() for row, work in rows.items()}[row]()
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps([rate, memory / 1e9]))
+
+
+def measure_apart(row):
+    command = [sys.executable, *sys.argv, "--measure", row]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("jobs", nargs="*", help="train, generate, tokenize (default: all)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
     if args.measure:
-        job, row = args.measure
-        rate = JOBS[job][row]()
-        print(json.dumps([rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+        measure(args.measure)
         return
-
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "tiktoken") if find_spec(package))
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "") if hasattr(torch.cpu, "get_capabilities") else ""
-    print(f"{cpu or platform.processor()} {platform.machine()}, {torch.get_num_threads()} threads; {packages}")
-    for job in args.jobs or JOBS:
-        rows = [row for row in JOBS[job] if find_spec("transformers") or "transformers" not in row]
-        results = {row: [] for row in rows}
-        for _ in range(args.rounds):
-            for row in rows:
-                command = [sys.executable, __file__, "--measure", job, row]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                results[row].append(json.loads(output.splitlines()[-1]))
-        print(f"\n| {TITLES[job]} | median | (range) | ratio | peak memory |\n| --- | --- | --- | --- | --- |")
-        base = median(rate for rate, _ in results[rows[0]])
-        for row in rows:
-            rates = [rate for rate, _ in results[row]]
-            memory = max(memory for _, memory in results[row])
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        cpu = torch.cpu.get_capabilities().get("cpu_name", "") if hasattr(torch.cpu, "get_capabilities") else ""
+        machine = f"{cpu or platform.processor()} {platform.machine()}, {torch.get_num_threads()} threads"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "tiktoken") if find_spec(name))
+    print(f"{machine}; {packages}")
+    for title, rows in JOBS.items():
+        rows = [row for row in rows if all(find_spec(name) or name not in row for name in ("transformers", "peft"))]
+        rows = [row for row in rows if args.peer or "peer" not in row]
+        if args.jobs and rows[0].split(":")[0] not in args.jobs:
+            continue
+        results = [[measure_apart(row) for row in rows] for _ in range(args.rounds)]
+        print(f"\n| {title} | median | (range) | ratio | peak memory |\n| --- | --- | --- | --- | --- |")
+        for row, measured in zip(rows, zip(*results)):
+            rates, memories = zip(*measured)
+            ratio = median(rates) / median(result[0][0] for result in results)
+            name = row.split(": ")[1].replace("peer", args.peer.resolve().name if args.peer else "")
             spread = f"({min(rates):,.4g} to {max(rates):,.4g})"
-            print(f"| {row} | {median(rates):,.4g} | {spread} | {median(rates) / base:.2f} | {memory:.1f} GB |", flush=True)
+            print(f"| {name} | {median(rates):,.4g} | {spread} | {ratio:.2f} | {max(memories):.1f} GB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -403,6 +403,51 @@ def test_token_file(tmp_path):
     assert len(read_tokens(path)) == 10
 
 
+def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    texts = [tmp_path / f"{i}.txt" for i in range(3)]
+    for i, path in enumerate(texts):
+        path.write_text(f"Text {i} has so many words. " * 40, encoding="utf-8")
+    tokenizer, path, part = Tokenizer.load(TINY), tmp_path / "tokens.bin", tmp_path / "tokens.bin.part"
+    monkeypatch.setattr("train.read_chunks", lambda path: read_chunks(path, 100))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    tokenize(texts, tokenizer, path)
+    whole = path.read_bytes()
+    path.unlink()
+    n_written = 0
+
+    class Killed(BaseException):
+        pass
+
+    def killed_after(n):
+        def show_progress(line):
+            nonlocal n_written
+            n_written += 1
+            if n_written == n:
+                raise Killed
+
+        return show_progress
+
+    for n in (1, 7, 20):
+        n_written = 0
+        monkeypatch.setattr("train.show_progress", killed_after(n))
+        with pytest.raises(Killed):
+            tokenize(texts, tokenizer, path)
+        assert not path.exists() and part.stat().st_size < len(whole)
+        with open(part, "ab") as file:
+            file.write(b"half of a chunk, which the header does not count")
+    n_written = 0
+    monkeypatch.setattr("train.show_progress", killed_after(0))
+    tokenize(texts, tokenizer, path)
+    assert path.read_bytes() == whole and not part.exists()
+    assert n_written == 11  # 39 chunks and ends of texts, of which 1 + 7 + 20 were there
+    # What is left of other texts is of no use
+    with open(part, "wb") as file:
+        file.write(whole[:500])
+    path.unlink()
+    tokenize(texts[:2], tokenizer, path)
+    assert read_tokens(path).tolist() == [i for text in texts[:2] for i in [*tokenizer.encode(text.read_text()), tokenizer.eot]]
+
+
 def write_llmc(path, ids, n=None):
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240520, 1, len(ids) if n is None else n

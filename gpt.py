@@ -549,10 +549,10 @@ class GPT(nn.Module):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose one token for each row. (B, V) -> (B,)"""
+    logits = logits.float()
     if temperature < 1e-6:  # so near to 0 that nothing but the likeliest could be drawn
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    ids = None
+    logits, ids = logits / temperature, None
     if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the likeliest first
     probs = logits.softmax(dim=-1)

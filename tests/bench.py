@@ -11,6 +11,7 @@ brackets, the slowest and the fastest. The first row is what the others are comp
 """
 
 import argparse
+import io
 import itertools
 import json
 import platform
@@ -86,7 +87,7 @@ def train_ours(change=lambda model: model, rows=ROWS, window=WINDOW):
     if device.type == "cuda":
         model.compile()
     model.register_forward_pre_hook(lambda *_: times.append(now()) if model.training else None)
-    with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
         train(model, *loaders, TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS), Path(out), save=lambda: None)
     return step_rate(times, rows * window)
 
@@ -96,7 +97,7 @@ def train_steps(model, loss_of, optimizer, rows=ROWS, window=WINDOW):
     ids, times = torch.randint(0, 50257, (rows, window + 1), device=device), []
     for _ in range(STEPS):
         times.append(now())
-        loss_of(model, ids[:, :-1], ids[:, 1:]).backward()
+        loss_of(model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).backward()
         optimizer.step()
         optimizer.zero_grad()
     return step_rate(times, rows * window)
@@ -131,7 +132,7 @@ def peer_model():
         from model import GPTConfig as PeerConfig
 
         sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(io.StringIO()):
             model = PeerGPT(PeerConfig(**sizes, vocab_size=50257, bias=True)).to(device)
         return model, lambda model, *batch: model(*batch)[1], lambda model, ids, n: model.generate(ids, n, top_k=1)
     sys.path.insert(0, str(args.peer / "ch04" / "01_main-chapter-code"))
@@ -206,7 +207,7 @@ def long_text(n_characters):
 
 
 def tokenize_ours():
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         path = Path(folder) / "text.txt"
         path.write_text(long_text(50_000_000), encoding="utf-8")
         start = time.perf_counter()
@@ -288,7 +289,7 @@ def measure(row):
 
 def measure_apart(row):
     command = [sys.executable, *sys.argv, "--measure", row]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
 def main():

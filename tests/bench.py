@@ -267,7 +267,6 @@ JOBS = {
     f"Loading {args.model} and its tokenizer from a local folder, times/s": {
         "load: transformers": lambda: load(from_pretrained),
         "load: this project": lambda: load(lambda folder: load_gpt2(folder, device=device)),
-        "load: limit, reading the file": lambda: load(lambda folder: (Path(folder) / "model.safetensors").read_bytes()),
     },
     f"Finetuning {args.model}, 8 x 128 tokens a step, tokens/s": {
         "finetune: transformers, float32": lambda: train_transformers(fp32, **SIZES),

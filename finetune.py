@@ -59,6 +59,7 @@ from train import (
     print_line,
     read_checkpoint,
     read_losses,
+    refuse_to_replace,
     show_progress,
     sole_run,
     train,
@@ -150,7 +151,7 @@ def load_classifier(folder):
 
 
 @torch.no_grad()
-def score(model, loader):
+def logits_and_labels(model, loader):
     """(logits, labels) over all batches: (rows, classes) and (rows,), on the CPU"""
     device, was_training = model.score.weight.device, model.training
     model.eval()
@@ -258,8 +259,10 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
     if rank < 1:
         raise ValueError(f"LoRA with rank={rank}: it must be at least 1")
     names = [name for name, _ in model.named_modules() if ("." + name).endswith(tuple("." + target for target in targets))]
-    if not names or not all(isinstance(model.get_submodule(name), nn.Linear) for name in names):
-        raise ValueError(f"LoRA is for {', '.join(LORA_TARGETS)}, not {', '.join(targets)}")
+    for target in targets:
+        found = [model.get_submodule(name) for name in names if ("." + name).endswith("." + target)]
+        if not found or not all(isinstance(module, nn.Linear) for module in found):
+            raise ValueError(f"LoRA is for {', '.join(LORA_TARGETS)}, not {target}")
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -304,7 +307,7 @@ def save_lora(model, folder, base):
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.lora_dropout.p,
-        "target_modules": sorted({name.rpartition(".")[2] for name in loras}),
+        "target_modules": list(loras),
         "modules_to_save": ["score"] if is_classifier else None,
         "fan_in_fan_out": True,  # transformers holds GPT-2's matrices as (in, out)
         "bias": "none",
@@ -479,8 +482,11 @@ def fill_in(args, config):
         args.train = "all" if is_small else "last"
 
 
-def load_base(args, texts, context_length):
-    """The model to start from, with args.dropout; its context grows where context_length is more, by positions yet unknown."""
+def load_base(args, texts, shortest_context=1):
+    """
+    The model to start from, with args.dropout. Its context is that of the base, or --context-length, or shortest_context where
+    that is more; positions that the base does not know begin at random.
+    """
     if args.init == BASE and not Path(BASE).exists():
         raise ValueError(f"{BASE}: no such folder; `python train.py` makes it, or name another model with --init")
     torch.manual_seed(args.seed)
@@ -490,15 +496,22 @@ def load_base(args, texts, context_length):
     else:
         base, tokenizer = load_gpt2(args.init)
         config, weights = base.config, base.state_dict()
-    known = config.context_length
-    if args.lora_rank and context_length > known:
-        raise ValueError(f"--context-length {context_length} is more than the {known} of {args.init}, and LoRA cannot learn it")
     fill_in(args, config)
-    model = GPT(replace(config, dropout=args.dropout, context_length=max(known, context_length)))
+    known = config.context_length
+    if args.lora_rank and (args.context_length or 0) > known:
+        raise ValueError(f"--context-length {args.context_length} is more than the {known} of {args.init}, and LoRA cannot learn it")
+    if args.context_length is None:
+        args.context_length = known if args.lora_rank else max(known, shortest_context)
+    model = GPT(replace(config, dropout=args.dropout, context_length=args.context_length))
     if weights is not None:
-        weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])
+        weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])[: args.context_length]
         model.load_state_dict(weights)
     return model, tokenizer
+
+
+def resumed_base(args):
+    """The same model as `load_base` has made for the run in args.out; its weights are in resume.pt"""
+    return GPT(replace(read_config(args.out / "config.json"), dropout=args.dropout)), Tokenizer.load(args.out)
 
 
 def check_unchanged(rows, args, checkpoint):
@@ -507,13 +520,19 @@ def check_unchanged(rows, args, checkpoint):
     if checkpoint is None:
         args.checksum = checksum
     elif args.checksum != checksum:
-        raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; --overwrite begins anew")
+        raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; start anew, with --overwrite")
 
 
 def measuring_loader(dataset, batch_size, collate_fn):
     """All rows once, the short ones first, so that little is padded"""
     by_length = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
     return create_dataloader(Subset(dataset, by_length), batch_size, collate_fn=collate_fn)
+
+
+# What a run leaves in its folder, beside the tokenizer
+FILES = ["config.json", "model.safetensors", "resume.pt", "responses.json"]
+FILES += [f"{name}.{suffix}" for name in ("losses", "accuracies") for suffix in ("csv", "png")]
+FILES += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
 
 def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, sample):
@@ -524,7 +543,7 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
     print(f"{n_trained:,} of {n_all:,} parameters are trained")
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "steps"}
-    steps_per_epoch = len(training) / args.batch_size
+    steps_per_epoch = len(training) / max(1, args.batch_size)
     values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
     config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
@@ -541,21 +560,25 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
         group_size=args.batch_size,
     )
     val_loader = measuring_loader(validation, batch_size, collate_fn)
-    if checkpoint is None:
-        for name in ("config.json", "resume.pt", "losses.csv", "losses.png"):
-            (args.out / name).unlink(missing_ok=True)
+    old_files = [args.out / name for name in FILES] if checkpoint is None else []
+
+    def save_best():
+        while old_files:  # only now is it sure that there is something to replace them with
+            old_files.pop().unlink(missing_ok=True)
+        save()
+
     stopped_by = train(
-        model, train_loader, val_loader, config, args.out, save=save, sample=sample, settings=settings, checkpoint=checkpoint
+        model, train_loader, val_loader, config, args.out, save=save_best, sample=sample, settings=settings, checkpoint=checkpoint
     )
-    print(f"peak memory {peak_memory():.2f} GB")
+    print(f"peak memory {peak_memory(args.device):.2f} GB")
     if stopped_by:
         print(f"stopped; go on with: python finetune.py {args.command} --resume {args.out}")
         sys.exit(128 + stopped_by)
 
 
-def peak_memory():
-    """GB that the program held at most, on the GPU where it is there, else in all"""
-    if torch.cuda.is_available():
+def peak_memory(device):
+    """GB that the program held at most, on the GPU where it ran there, else in all"""
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     if importlib.util.find_spec("resource") is None:  # Windows
         return math.nan
@@ -566,7 +589,7 @@ def peak_memory():
 
 def classify(args, checkpoint):
     rows = read_texts(args.data, args.out.parent, args.text_column, args.label_column)
-    check_unchanged(rows, args, checkpoint)
+    check_unchanged([row[1:] for row in rows], args, checkpoint)
     n_rows = Counter(label for _, _, label in rows)
     classes = sorted(n_rows, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))  # 2 before 10
     for where, _, label in rows:
@@ -576,7 +599,7 @@ def classify(args, checkpoint):
         raise ValueError(f"{args.data}: one class only, {classes[0]!r}")
     parts = split_by_class([(text, label) for _, text, label in rows], classes, args.seed, args.balance)
 
-    gpt, tokenizer = load_base(args, [text for text, _ in parts[0]], args.context_length or 0)
+    gpt, tokenizer = resumed_base(args) if checkpoint else load_base(args, [text for text, _ in parts[0]])
     model = GPTClassifier(gpt, len(classes))
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
@@ -585,9 +608,10 @@ def classify(args, checkpoint):
         choose_trained(model, args.train)
     model.to(args.device)
 
-    limit = args.context_length or gpt.config.context_length
+    limit = gpt.config.context_length
     datasets = [ClassificationDataset(part, tokenizer, classes, limit) for part in parts]
-    print(", ".join(f"{n_rows[name]} {name}" for name in classes) + (", balanced" if args.balance else ""))
+    balanced = f"; {min(n_rows.values())} of each are used" if args.balance else ""
+    print(", ".join(f"{n_rows[name]} {name}" for name in classes) + balanced)
     n_cut = sum(dataset.n_cut for dataset in datasets)
     if n_cut:
         print(f"{n_cut} texts are longer than {limit} tokens, and cut there")
@@ -595,27 +619,29 @@ def classify(args, checkpoint):
     # Accuracy on the way: in training, of as many rows as validation has
     some = ClassificationDataset(parts[0][: len(parts[1])], tokenizer, classes, limit)
     curve_loaders = {"train_accuracy": measuring_loader(some, 32, collate_texts), "val_accuracy": loaders[1]}
-    curve = [] if checkpoint is None else read_losses(args.out / "accuracies.csv")
+    curve = []
+    if checkpoint is not None:
+        curve = [row for row in read_losses(args.out / "accuracies.csv") if int(row["step"]) <= checkpoint["step"]]
 
     def save():
         if args.lora_rank:
             save_lora(model, args.out / "adapter", args.init)
         save_classifier(merge_lora(copy.deepcopy(model)), tokenizer, classes, args.out)
 
-    def sample():
-        row = {name: accuracy(*score(model, loader)) for name, loader in curve_loaders.items()}
+    def sample(step):
+        row = {name: accuracy(*logits_and_labels(model, loader)) for name, loader in curve_loaders.items()}
         print(f"    accuracy: training {row['train_accuracy']:.1%}, validation {row['val_accuracy']:.1%}")
-        curve.append({"step": read_losses(args.out / "losses.csv")[-1]["step"]} | row)
+        curve.append({"step": step} | row)
         write_losses(args.out / "accuracies.csv", curve, ["step", *row])
 
     if checkpoint is None:
-        print_scores("before", [score(model, loader) for loader in loaders])
+        print_scores("before", [logits_and_labels(model, loader) for loader in loaders])
     finetune(model, *datasets[:2], collate_texts, args, checkpoint, save=save, sample=sample)
     curves = [("train_accuracy", "training", {"marker": "."}), ("val_accuracy", "validation", {"marker": "."})]
     plot_losses(curve, args.out / "accuracies.png", curves, "accuracy")
 
     best = load_classifier(args.out)[0].to(args.device)
-    scores = [score(best, loader) for loader in loaders]
+    scores = [logits_and_labels(best, loader) for loader in loaders]
     print_scores("after", scores)
     print_confusion(*scores[2], classes)
     print(f'{args.out} is a classifier: python finetune.py predict {args.out} "{parts[2][0][0][:40]}"')
@@ -652,6 +678,8 @@ def print_confusion(logits, labels, classes):
 def predict(args):
     model, tokenizer, classes = load_classifier(args.folder)
     texts = args.texts or sys.stdin.read().splitlines()
+    if not texts:
+        raise ValueError("no text to classify, neither after the folder nor on the standard input")
     for n, text in enumerate(texts, 1):
         if not text.strip():
             raise ValueError(f"text {n} is empty")
@@ -659,7 +687,7 @@ def predict(args):
     dataset = ClassificationDataset(rows, tokenizer, classes, model.transformer.config.context_length)
     if dataset.n_cut:
         print(f"{dataset.n_cut} of {len(texts)} texts are too long, and read only in part", file=sys.stderr)
-    logits, _ = score(model.to(args.device), create_dataloader(dataset, 32, collate_fn=collate_texts))
+    logits, _ = logits_and_labels(model.to(args.device), create_dataloader(dataset, 32, collate_fn=collate_texts))
     for text, probs in zip(texts, logits.softmax(dim=1)):
         print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
 
@@ -677,12 +705,12 @@ def instruct(args, checkpoint):
     n_val, n_test = max(1, len(entries) // 20), max(1, len(entries) // 10)
     parts = entries[n_val + n_test :], entries[:n_val], entries[n_val : n_val + n_test]
     texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
-    model, tokenizer = load_base(args, texts, args.context_length or (0 if args.lora_rank else CONTEXT_FOR_INSTRUCTIONS))
+    model, tokenizer = resumed_base(args) if checkpoint else load_base(args, texts, CONTEXT_FOR_INSTRUCTIONS)
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     model.to(args.device)
 
-    limit = args.context_length or model.config.context_length
+    limit = model.config.context_length
     datasets = [InstructionDataset(part, tokenizer, limit, args.train_on_prompt) for part in parts]
     n_cut, n_left_out = sum(d.n_cut for d in datasets), sum(d.n_left_out for d in datasets)
     print(f"{len(entries)} rows; of {limit} tokens that fit, {n_cut} had more and were cut, {n_left_out} had no room to answer")
@@ -695,20 +723,20 @@ def instruct(args, checkpoint):
             save_lora(model, args.out / "adapter", args.init)
         save_gpt2(merge_lora(copy.deepcopy(model)), tokenizer, args.out)
 
-    def sample():
+    def sample(step):
         entry = validation.entries[0]
         (response,) = answer(model, tokenizer, [entry], args.max_new_tokens)
         print(textwrap.indent(f"{entry['instruction']} {entry['input']}\n-> {response}", "    "), end="\n\n", flush=True)
 
     finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, sample=sample)
 
-    dtype, start = fast_dtype(args.device), time.perf_counter()
-    best = load_gpt2(args.out, device=args.device, dtype=dtype)[0]
+    dtype = fast_dtype(args.device)
+    best, start = load_gpt2(args.out, device=args.device, dtype=dtype)[0], time.perf_counter()
     responses = answer(best, tokenizer, test.entries, args.max_new_tokens)
     results = [entry | {"response": response} for entry, response in zip(test.entries, responses)]
     print(f"{len(results)} answers in {time.perf_counter() - start:.1f} s")
     if args.compare:
-        base = load_base(args, texts, model.config.context_length)[0].to(args.device, dtype)
+        base = load_base(args, texts)[0].to(args.device, dtype)
         for result, response in zip(results, answer(base, tokenizer, test.entries, args.max_new_tokens)):
             result["base_response"] = response
     with complete_file(args.out / "responses.json") as part:
@@ -733,14 +761,15 @@ Answer with the number alone."""
 def judge(args):
     records = read_records(args.responses, Path())
     kinds = [kind for kind in ("response", "base_response") if kind in records[0][1]] or ["response"]
+    for where, record in records:
+        for key in ("instruction", "input", "output", *kinds):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"{where}: {key!r} is missing, or not a text")
     for kind in kinds:
         scores = []
         for n, (where, record) in enumerate(records, 1):
-            row = {key: record.get(key) for key in ("instruction", "input", "output")} | {"response": record.get(kind)}
-            for key, value in row.items():
-                if not isinstance(value, str):
-                    raise ValueError(f"{where}: {kind if key == 'response' else key!r} is missing, or not a text")
-            scores.append(ask(args.url, args.model, JUDGE_PROMPT.format(**row), where))
+            prompt = JUDGE_PROMPT.format(**record | {"response": record[kind]})
+            scores.append(ask(args.url, args.model, prompt, where))
             show_progress(f"{kind}: {n} of {len(records)}")
         given = [number for number in scores if number is not None]
         if not given:
@@ -813,7 +842,7 @@ def talk(turns):
 
 
 def parse_arguments():
-    """The command line; with --resume, on top of what the run to be resumed was started with"""
+    """The command line; with --resume, that of the run to be resumed, and its state"""
     parser = CommandLine(description="Finetune a GPT-2, and use what came of it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
@@ -885,17 +914,16 @@ def parse_arguments():
     if args.lora_rank and args.command == "classify" and args.train:
         raise ValueError("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
     if not args.resume:
-        if not args.overwrite and any((args.out / name).exists() for name in ("resume.pt", "config.json")):
-            raise ValueError(
-                f"{args.out} holds a run: --resume {args.out} goes on with it, --overwrite replaces it, --out NAME leaves it alone"
-            )
+        if not args.overwrite:
+            refuse_to_replace(args.out)
         return args, None
+    for name, value in vars(args).items():
+        if value != parsers[args.command].get_default(name) and name not in ("command", "resume", "device"):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
     checkpoint = read_checkpoint(args.resume)
     if checkpoint["settings"].get("command") != args.command:
         raise ValueError(f"{args.resume / 'resume.pt'}: not the state of a run of {args.command}")
-    parsers[args.command].set_defaults(**checkpoint["settings"])
-    args = parser.parse_args()
-    args.out = args.resume
+    vars(args).update(checkpoint["settings"], out=args.resume)
     return args, checkpoint
 
 

@@ -66,6 +66,7 @@ class TrainConfig:
     steps: int = option(200, "updates of the weights")
     batch_size: int = option(16, "rows in a step, over all processes")
     micro_batch_size: int = option(0, "rows that go through the model at once; 0: as many as fit")
+    optimizer: str = option("adamw", "adamw, or muon, which takes over the matrices in the blocks")
     learning_rate: float = option(1e-3, "at its peak")
     warmup: int = option(20, "steps in which the learning rate grows to its peak")
     weight_decay: float = option(0.1, "pull of matrices towards 0")
@@ -81,6 +82,8 @@ class TrainConfig:
             raise ValueError("learning rate and grad-clip must be above 0, and weight decay not below")
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} is more than 32 bits")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer={self.optimizer} is not adamw or muon")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype} is not float32, bfloat16 or auto")
 
@@ -93,22 +96,30 @@ def scheduled_learning_rate(step, config):
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def create_optimizer(model, config):
-    """AdamW, with weight decay on matrices only: a LayerNorm or a bias pulled to 0 would lose its meaning"""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def create_optimizers(model, config):
+    """
+    AdamW, with weight decay on matrices only: a LayerNorm or a bias pulled to 0 would lose its meaning. With muon, the matrices
+    in the blocks are left to Muon (Jordan 2024), scaled so that AdamW's learning rate suits it (Liu et al. 2025, section 2.2).
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for_muon = [name for name, p in trained.items() if config.optimizer == "muon" and ".h." in "." + name and p.dim() == 2]
+    in_blocks = [trained.pop(name) for name in for_muon]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)]
+    if in_blocks:
+        optimizers.append(torch.optim.Muon(in_blocks, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def train(model, train_loader, val_loader, config, out, *, save, sample=None, settings=None, checkpoint=None):
     """
     Train `model`, on the device where it is, from `train_loader`: one made with shuffle=True, its batches are micro-batches.
 
-    Every eval_every steps: the loss over all of `val_loader`; `save()` where it is the lowest so far; out/losses.csv and
-    out/resume.pt; `sample()`. Every step depends on the state, the seed and its own number alone, so a run that goes on from a
+    Every eval_every steps: the loss over all of `val_loader`; `save()` where it is the lowest so far; `sample(step)`;
+    out/losses.csv and out/resume.pt. Every step depends on the state, the seed and its own number alone, so a run that goes on from a
     `checkpoint` (what torch.load reads from resume.pt) repeats to the last bit what it would have done. `settings` go into
     resume.pt for whoever resumes. Ctrl-C and SIGTERM end the run after the current step, with its state saved.
 
@@ -123,11 +134,12 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
             f"a batch of {config.batch_size} rows does not divide into micro-batches of {batch_sampler.batch_size} "
             f"for {world_size} process(es)"
         )
-    optimizer = create_optimizer(model, config)
+    optimizers = create_optimizers(model, config)
     step, best_loss, history = 0, math.inf, []  # history: the rows of losses.csv
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], read_losses(out / "losses.csv")
         history = history[: step + 1]  # row n is step n
         if len(history) <= step:
@@ -140,7 +152,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
     def save_state():
         write_losses(out / "losses.csv", history)
         state = {"step": step, "best_loss": best_loss, "settings": settings}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         with complete_file(out / "resume.pt") as part:
             try:
                 torch.save(state, part)
@@ -158,10 +170,10 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
             if val_loss < best_loss:
                 best_loss = val_loss
                 save()
-            save_state()
             print_line(f"{progress} | val {val_loss:.4f}")
             if sample is not None:
-                sample()
+                sample(step)
+            save_state()
 
     progress = f"step {step:5d}/{config.steps}"
     with catch_signals() as caught:
@@ -175,7 +187,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
         while step < config.steps:
             step_time = time.perf_counter()
             lr = scheduled_learning_rate(step, config)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             step_batches = [next(batches) for _ in range(micro_batches // world_size)]
             loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
@@ -186,8 +198,9 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                     f"the loss is {train_loss} with a gradient of length {norm} at step {step + 1}; "
                     f"{out} keeps the last good state. A lower learning rate may help"
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
             step += 1
             history.append({"step": step, "train_loss": train_loss, "learning_rate": lr, "val_loss": ""})
 
@@ -362,6 +375,11 @@ def sole_run(out):
                 folder.rmdir()  # only where it is empty
 
 
+def refuse_to_replace(out):
+    if any((out / name).exists() for name in ("resume.pt", "config.json")):
+        raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME leaves it alone")
+
+
 def write_losses(path, rows, columns=("step", "train_loss", "val_loss", "learning_rate")):
     with complete_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -381,7 +399,7 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or {"step", "best_loss", "model", "optimizer", "settings"} - checkpoint.keys():
+        if not isinstance(checkpoint, dict) or {"step", "best_loss", "model", "optimizers", "settings"} - checkpoint.keys():
             raise ValueError("not the state of a run")
         return checkpoint
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -413,6 +431,7 @@ def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
 # from the fourth on whatever one likes: here a fingerprint of what the tokens were made from), then the ids as uint16.
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+HEADER = struct.Struct("<3i 32s 2q")  # magic, version, tokens up to 2^31 - 1, fingerprint, chunks of text, tokens
 
 
 def find_files(names, folder):
@@ -471,11 +490,10 @@ def tokenize(paths, tokenizer, bin_path):
     part = bin_path.with_name(bin_path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     if bin_path.exists():
-        with open(bin_path, "rb") as file:
-            header = file.read(44)
-        if header[12:] == fingerprint:
+        magic, _, _, known, _, _ = read_header(bin_path)
+        if known == fingerprint:
             return
-        if header[:4] != MAGIC.to_bytes(4, "little"):
+        if magic != MAGIC or known == bytes(32):
             raise ValueError(f"{bin_path}: would be replaced by the tokens of the text, but is something else; choose another --out")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer.vocab_size:,} tokens do not fit the 16 bits of a token file")
@@ -491,7 +509,7 @@ def tokenize(paths, tokenizer, bin_path):
         file.write(ids.result())
         n_chunks, n_tokens, done = n_chunks + 1, (file.tell() - HEADER_BYTES) // 2, done + n_bytes
         file.seek(0)  # a chunk counts once the header says so
-        file.write(struct.pack("<3i32s2q", MAGIC, VERSION, min(n_tokens, 2**31 - 1), fingerprint, n_chunks, n_tokens))
+        file.write(HEADER.pack(MAGIC, VERSION, min(n_tokens, 2**31 - 1), fingerprint, n_chunks, n_tokens))
         file.flush()
         rate = max(1, done - skipped) / (time.perf_counter() - start)
         left = timedelta(seconds=round((size - done) / rate))
@@ -502,16 +520,16 @@ def tokenize(paths, tokenizer, bin_path):
     part.touch()
     try:
         with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            header, n_chunks, n_tokens = file.read(60), 0, 0
-            if header[12:44] == fingerprint:
-                n_chunks, n_tokens = struct.unpack("<2q", header[44:])
-            else:
+            *_, known, n_chunks, n_tokens = read_header(part)
+            if known != fingerprint:
+                n_chunks = n_tokens = 0
                 file.truncate(0)
             n_known, start = n_chunks, time.perf_counter()
             for n, text in enumerate(text for path in paths for text in itertools.chain(read_chunks(path), [None])):
                 n_bytes = len((text or "").encode())
                 if n < n_known:
-                    skipped = done = done + n_bytes
+                    done += n_bytes
+                    skipped = done
                     continue
                 waiting.append((n_bytes, pool.submit(encode, text)))
                 if len(waiting) > 2 * os.cpu_count():
@@ -526,16 +544,21 @@ def tokenize(paths, tokenizer, bin_path):
     print_line(f"{bin_path}: {n_tokens:,} tokens")
 
 
+def read_header(path):
+    with open(path, "rb") as file:
+        return HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
+
+
 def read_tokens(path):
     """A token file, llm.c's (with a header) or nanoGPT's (bare uint16) -> np.memmap of its ids"""
     size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=3)
-    offset = HEADER_BYTES if len(header) == 3 and header[0] == MAGIC else 0
+    magic, version, n_tokens, *_ = read_header(path)
+    offset = HEADER_BYTES if magic == MAGIC else 0
     if size % 2 or size <= offset:
         raise ValueError(f"{path}: not a file of 16-bit token ids ({size:,} bytes)")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
-    if offset and (header[1] != VERSION or header[2] != min(len(tokens), 2**31 - 1)):
-        raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {header[2]:,} (version {header[1]})")
+    if offset and (version != VERSION or n_tokens != min(len(tokens), 2**31 - 1)):
+        raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {n_tokens:,} (version {version})")
     return tokens
 
 
@@ -611,8 +634,8 @@ def main():
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     name = re.sub(r"\W+", "-", Path((args.bin or args.text)[0]).stem).strip("-") or "text"
     out = args.out or Path("out") / name
-    if checkpoint is None and not args.overwrite and any((out / name).exists() for name in ("resume.pt", "config.json")):
-        raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME leaves it alone")
+    if checkpoint is None and not args.overwrite:
+        refuse_to_replace(out)
     device = start_processes(args.device)
     with sole_run(out) if process_rank() == 0 else contextlib.nullcontext():
         stopped_by = pretrain(args, config, checkpoint, out, device)
@@ -699,7 +722,7 @@ def pretrain(args, config, checkpoint, out, device):
             old_files.pop().unlink(missing_ok=True)
         save_gpt2(model, tokenizer, out)
 
-    def sample():
+    def sample(step):
         generator = torch.Generator(device).manual_seed(args.seed)
         (ids,) = model.generate(
             [prompt], max_new_tokens=100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator

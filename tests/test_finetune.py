@@ -31,10 +31,10 @@ from finetune import (
     format_prompt,
     load_classifier,
     load_lora,
+    logits_and_labels,
     merge_lora,
     read_texts,
     save_lora,
-    score,
 )
 from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, Tokenizer, create_dataloader
 from load_gpt2 import load_gpt2, read_safetensors, save_gpt2
@@ -367,12 +367,13 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     args = ["classify", "--data", messages, "--out", out, *QUICK, "--epochs", 6, "--balance", "--context-length", 30, *how]
     code, output, error = run(monkeypatch, capsys, *args)
     assert code == 0, error
-    assert "30 ham, 20 spam, balanced" in output and "longer than 30 tokens" in output and "recall" in output
+    assert "30 ham, 20 spam; 20 of each are used" in output and "longer than 30 tokens" in output and "recall" in output
     assert (out / "adapter").exists() == ("--lora-rank" in how)
     curve = read_losses(out / "accuracies.csv")
     assert [row["step"] for row in curve] == ["0", "4", "8", "12", "16", "20", "21"]  # once an epoch of 28 rows, and at the end
     # Only what was to be trained has changed
     before, after = load_gpt2(TINY)[0].state_dict(), load_classifier(out)[0].transformer.state_dict()
+    before["wpe.weight"] = before["wpe.weight"][:30]  # what is predicted later is read as far as what was learned
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if "last" in how:
         assert changed and all(name.startswith(("h.1.", "ln_f.")) for name in changed)
@@ -389,6 +390,9 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert run(monkeypatch, capsys, "predict", out)[1].splitlines() == output.splitlines()[::-1]
     code, _, error = run(monkeypatch, capsys, "predict", out, " ")
     assert code == 2 and error == "error: text 1 is empty\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    code, _, error = run(monkeypatch, capsys, "predict", out)
+    assert code == 2 and "no text to classify" in error
     code, _, error = run(monkeypatch, capsys, "predict", TINY, "x")
     assert code == 2 and "no classifier" in error
     code, _, error = run(monkeypatch, capsys, *args)
@@ -399,7 +403,7 @@ def test_optimizer_state_for_the_adapters_only(monkeypatch, capsys, tmp_path, me
     args = ["--data", messages, "--out", tmp_path / "out", *QUICK, "--lora-rank", 4]
     assert run(monkeypatch, capsys, "classify", *args)[0] == 0
     state = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)
-    held = sum(entry["exp_avg"].numel() for entry in state["optimizer"]["state"].values())
+    held = sum(entry["exp_avg"].numel() for entry in state["optimizers"][0]["state"].values())
     C, L = 24, 2
     assert held == 4 * L * ((C + 3 * C) + (C + C) + 2 * (C + 4 * C)) + 2 * C  # the head has two rows
 
@@ -412,13 +416,41 @@ def test_random_weights_and_a_vocabulary_of_the_rows(monkeypatch, capsys, tmp_pa
     assert tokenizer.vocab_size < 400 and model.transformer.config.n_layer == 2 and classes == ["ham", "spam"]
 
 
-def test_other_rows_and_other_commands_are_refused_on_resume(monkeypatch, capsys, tmp_path, messages):
-    assert run(monkeypatch, capsys, "classify", "--data", messages, "--out", tmp_path / "out", *QUICK)[0] == 0
+def test_other_rows_and_other_settings_are_refused_on_resume(monkeypatch, capsys, tmp_path, messages):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, capsys, "classify", "--data", messages.name, "--out", "out", *QUICK)[0] == 0
+    monkeypatch.chdir("/")
+    assert run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")[0] == 0  # from anywhere
+    for option in ("--seed", 2), ("--lora-rank", 3), ("--out", "x"), ("--balance",):
+        code, _, error = run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out", *option)
+        assert code == 2 and error.startswith(f"error: {option[0]} does not go with --resume")
     messages.write_text(messages.read_text().replace("ham", "eggs"))
     code, _, error = run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")
     assert code == 2 and f"{messages} is not what it was when the run in {tmp_path / 'out'} began" in error
     code, _, error = run(monkeypatch, capsys, "instruct", "--resume", tmp_path / "out")
     assert code == 2 and "not the state of a run of instruct" in error
+
+
+def test_a_run_needs_its_base_no_more(monkeypatch, capsys, tmp_path, messages):
+    save_gpt2(*load_gpt2(TINY), tmp_path / "base")
+    args = ["--data", messages, "--out", tmp_path / "out", *QUICK, "--init", tmp_path / "base"]
+    assert run(monkeypatch, capsys, "classify", *args)[0] == 0
+    first = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
+
+
+def test_overwritten_only_once_there_is_something_new(monkeypatch, capsys, tmp_path, messages):
+    out = tmp_path / "out"
+    args = ["classify", "--data", messages, "--out", out, *QUICK]
+    assert run(monkeypatch, capsys, *args, "--lora-rank", 2)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(monkeypatch, capsys, *args, "--overwrite", "--batch-size", 0)[0] == 2
+    assert run(monkeypatch, capsys, *args, "--overwrite", "--micro-batch-size", 3)[0] == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert run(monkeypatch, capsys, *args, "--overwrite")[0] == 0
+    assert not list(out.glob("adapter/*"))  # which was of the old run
 
 
 def test_the_missing_base_is_explained(monkeypatch, capsys, tmp_path):

@@ -238,6 +238,16 @@ def test_memory_stays_flat_over_a_large_file(tmp_path):
     assert most - before < 50
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_file_is_read_window_by_window(tmp_path):
+    """VmFlags has "rr" where the system was told that reads are at random, so that it reads nothing ahead of them"""
+    np.zeros(10_000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    dataset = TokenDataset(np.memmap(tmp_path / "tokens.bin", dtype=np.uint16, mode="r"), context_length=16)
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    (flags,) = (after.split("\n")[0] for before, after in zip(mappings, mappings[1:]) if str(tmp_path) in before)
+    assert len(dataset) == 625 and "rr" in flags.split()
+
+
 def test_shuffled_batches_are_epochs_without_a_seam():
     rows = []
     for batch in ShuffledBatches(n_rows=10, batch_size=4, seed=3):

@@ -871,7 +871,6 @@ def parse_arguments():
         add("--lora-dropout", type=float, default=0.05, help="share of inputs dropped before the adapters")
         add("--lora-targets", nargs="+", default=list(LORA_TARGETS), help="names of the matrices that get adapters")
         add("--epochs", type=float, default=epochs, help="how often every row is learned from")
-        add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
         for f in fields(TrainConfig):
             if f.name not in ("steps", "learning_rate", "eval_every"):
                 add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
@@ -893,7 +892,6 @@ def parse_arguments():
     add = parsers["predict"].add_argument
     add("folder", type=Path, help="what classify wrote, such as out/spam")
     add("texts", nargs="*", help="texts; with none, each line of the standard input is one")
-    add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
 
     add = parsers["judge"].add_argument
     add("responses", nargs="?", default="out/assistant/responses.json", help="what instruct wrote")
@@ -906,7 +904,9 @@ def parse_arguments():
     add("--top-k", type=int, default=50, help="sample among the k likeliest tokens")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
     add("--seed", type=int, default=0, help="the same seed gives the same answers")
-    add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
+
+    for name in ("classify", "predict", "instruct", "chat"):
+        parsers[name].add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
 
     args = parser.parse_args()
     if args.command not in ("classify", "instruct"):

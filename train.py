@@ -26,7 +26,6 @@ import struct
 import sys
 import textwrap
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -431,6 +430,7 @@ def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
 # from the fourth on whatever one likes: here a fingerprint of what the tokens were made from), then the ids as uint16.
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+CHUNKS_AT_ONCE = 32  # in memory, of a million characters each: enough to keep many cores busy
 HEADER = struct.Struct("<3i 32s 2q")  # magic, version, tokens up to 2^31 - 1, fingerprint, chunks of text, tokens
 
 
@@ -455,9 +455,9 @@ def find_files(names, folder):
     return paths
 
 
-def read_chunks(path, n_characters=2**22):
+def read_chunks(path, n_characters=2**20):
     """
-    A text, a few million characters at a time, cut before a blank that follows a word: GPT-2 never makes one token of the two
+    A text, a million characters at a time, cut before a blank that follows a word: GPT-2 never makes one token of the two
     sides, so the chunks' tokens are the tokens of the whole.
     """
     rest = ""
@@ -502,21 +502,10 @@ def tokenize(paths, tokenizer, bin_path):
         ids = [tokenizer.eot] if text is None else tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
         return np.asarray(ids).astype("<u2").tobytes()
 
-    def write_next():
-        nonlocal n_chunks, n_tokens, done
-        n_bytes, ids = waiting.popleft()
-        file.seek(HEADER_BYTES + 2 * n_tokens)
-        file.write(ids.result())
-        n_chunks, n_tokens, done = n_chunks + 1, (file.tell() - HEADER_BYTES) // 2, done + n_bytes
-        file.seek(0)  # a chunk counts once the header says so
-        file.write(HEADER.pack(MAGIC, VERSION, min(n_tokens, 2**31 - 1), fingerprint, n_chunks, n_tokens))
-        file.flush()
-        rate = max(1, done - skipped) / (time.perf_counter() - start)
-        left = timedelta(seconds=round((size - done) / rate))
-        show_progress(f"tokenizing: {done / size:.0%}, {rate / 1e6:.0f} MB/s, {left} left")
+    def n_bytes(texts):
+        return sum(len(text.encode()) for text in texts if text is not None)
 
-    size, done, skipped = sum(path.stat().st_size for path in paths), 0, 0
-    waiting = deque()  # a few chunks ahead of the file, no more, so that memory stays small however long the text
+    chunks = (text for path in paths for text in itertools.chain(read_chunks(path), [None]))
     part.touch()
     try:
         with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -524,19 +513,22 @@ def tokenize(paths, tokenizer, bin_path):
             if known != fingerprint:
                 n_chunks = n_tokens = 0
                 file.truncate(0)
-            n_known, start = n_chunks, time.perf_counter()
-            for n, text in enumerate(text for path in paths for text in itertools.chain(read_chunks(path), [None])):
-                n_bytes = len((text or "").encode())
-                if n < n_known:
-                    done += n_bytes
-                    skipped = done
-                    continue
-                waiting.append((n_bytes, pool.submit(encode, text)))
-                if len(waiting) > 2 * os.cpu_count():
-                    write_next()
-            while waiting:
-                write_next()
-            file.truncate(HEADER_BYTES + 2 * n_tokens)
+            size, skipped = sum(path.stat().st_size for path in paths), n_bytes(itertools.islice(chunks, n_chunks))
+            done, start = skipped, time.perf_counter()
+            file.seek(HEADER_BYTES + 2 * n_tokens)
+            while group := list(itertools.islice(chunks, CHUNKS_AT_ONCE)):
+                for ids in pool.map(encode, group):
+                    file.write(ids)
+                end = file.tell()
+                n_chunks, n_tokens, done = n_chunks + len(group), (end - HEADER_BYTES) // 2, done + n_bytes(group)
+                file.seek(0)  # what has been written counts once the header says so
+                file.write(HEADER.pack(MAGIC, VERSION, min(n_tokens, 2**31 - 1), fingerprint, n_chunks, n_tokens))
+                file.flush()
+                file.seek(end)
+                rate = (done - skipped + 1) / (time.perf_counter() - start)
+                left = timedelta(seconds=round((size - done) / rate))
+                show_progress(f"tokenizing: {done / size:.0%}, {rate / 1e6:.0f} MB/s, {left} left")
+            file.truncate()
     except ValueError:  # the text itself is wrong
         part.unlink()
         raise

@@ -78,7 +78,7 @@ def step_rate(times, tokens):
     return tokens / median(b - a for a, b in itertools.pairwise(times[3:]))
 
 
-def train_ours(change=lambda model: model, rows=ROWS, window=WINDOW):
+def train_ours(change=lambda model: model, dtype="auto", rows=ROWS, window=WINDOW):
     """train.py's own loop"""
     torch.manual_seed(0)
     data = TokenDataset(torch.randint(0, 50257, (10 * rows * window,)), window)
@@ -88,7 +88,8 @@ def train_ours(change=lambda model: model, rows=ROWS, window=WINDOW):
         model.compile()
     model.register_forward_pre_hook(lambda *_: times.append(now()) if model.training else None)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
-        train(model, *loaders, TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS), Path(out), save=lambda: None)
+        train_config = TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS, dtype=dtype)
+        train(model, *loaders, train_config, Path(out), save=lambda: None)
     return step_rate(times, rows * window)
 
 
@@ -246,6 +247,7 @@ JOBS = {
         "train: transformers, float32": lambda: train_transformers(fp32),
         "train: transformers, all in bfloat16": lambda: train_transformers(bf16),
         "train: peer": train_peer,
+        "train: this project, float32": lambda: train_ours(dtype="float32"),
         f"train: this project, {fast_name} products": train_ours,
         f"train: limit, matrix products in {fast_name}": lambda: train_limit(fast),
         "train: limit, matrix products in float32": lambda: train_limit(fp32),

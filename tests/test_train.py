@@ -439,7 +439,7 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         path.write_text(f"Text {i} has so many words. " * 40, encoding="utf-8")
     tokenizer, path, part = Tokenizer.load(TINY), tmp_path / "tokens.bin", tmp_path / "tokens.bin.part"
     monkeypatch.setattr("train.read_chunks", lambda path: read_chunks(path, 100))
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("train.CHUNKS_AT_ONCE", 1)
     tokenize(texts, tokenizer, path)
     whole = path.read_bytes()
     path.unlink()

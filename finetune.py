@@ -139,9 +139,11 @@ def load_classifier(folder):
     names = json.loads(path.read_text(encoding="utf-8")).get("id2label")
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise ValueError(f'{path}: no classifier: "id2label" does not name its classes')
+    tensors = read_safetensors(folder / "model.safetensors", torch.float32)
+    if f"transformer.h.{config.n_layer - 1}.ln_1.weight" not in tensors or tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: config.json, the weights and the vocabulary do not fit together")
     with torch.device("meta"):
         model = GPTClassifier(GPT(config), len(names)).eval()
-    tensors = read_safetensors(folder / "model.safetensors")
     try:
         weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in tensors.items()}
         model.load_state_dict(weights, assign=True)
@@ -256,8 +258,8 @@ class LoRALinear(nn.Linear):
 
 def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
     """Freeze the model, and give every nn.Linear with one of these names ("c_attn", or longer "h.0.attn.c_attn") a LoRA."""
-    if rank < 1:
-        raise ValueError(f"LoRA with rank={rank}: it must be at least 1")
+    if not 1 <= rank < 2**16 or not 0 <= dropout <= 1:
+        raise ValueError(f"LoRA with rank={rank}, dropout={dropout}: they must be 1 to 65535, and 0 to 1")
     names = [name for name, _ in model.named_modules() if ("." + name).endswith(tuple("." + target for target in targets))]
     for target in targets:
         found = [model.get_submodule(name) for name in names if ("." + name).endswith("." + target)]
@@ -358,7 +360,9 @@ def read_records(source, folder, columns=()):
     .json: a list of objects; .jsonl: one on each line; .csv; and what is none of these has tabs, as the UCI collection has. A
     table whose first line holds none of `columns` has no header, and is label and text.
     """
-    path = find_files([source], folder)[0]
+    path, *more = find_files([source], folder)
+    if more:
+        raise ValueError(f"{source}: one file is needed, and here are {1 + len(more)}")
     name, data = path.name, path.read_bytes()
     try:
         if zipfile.is_zipfile(path):
@@ -366,7 +370,7 @@ def read_records(source, folder, columns=()):
                 member = max(archive.infolist(), key=lambda info: info.file_size, default=None)  # the rest are readmes
                 name, data = (member.filename, archive.read(member)) if member else (name, b"")
         text = data.decode("utf-8-sig")
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
+    except Exception as error:  # what a damaged archive raises can be of any kind
         raise ValueError(f"{path}: damaged, or not a UTF-8 text ({error})") from None
     suffix = re.search(r"\.(jsonl?|csv)(?![a-z])", name.lower())
     if suffix is None or suffix[1] == "csv":
@@ -384,6 +388,10 @@ def read_records(source, folder, columns=()):
     for where, record in rows:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: not an object with named values")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: half a character ({error.reason})") from None
     return rows
 
 
@@ -406,6 +414,8 @@ def read_table(text, path, columns, has_commas):
     header = ["label", "text"]
     if lines and {cell.lower() for cell in lines[0][1]} & {name.lower() for name in columns}:
         header = lines.pop(0)[1]
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path}, line 1: two columns have the same name")
     for n, cells in lines:
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {n}: {len(cells)} columns, not the {len(header)} of {', '.join(header)}")
@@ -433,7 +443,7 @@ def read_texts(source, folder, text_column=None, label_column=None):
 def read_instructions(source, folder):
     """-> list of {instruction, input, output}, all str"""
     entries = []
-    for where, record in read_records(source, folder):
+    for where, record in read_records(source, folder, ("instruction", "output")):
         entry = {"instruction": record.get("instruction"), "input": record.get("input") or "", "output": record.get("output")}
         for key, value in entry.items():
             if not isinstance(value, str):
@@ -529,10 +539,8 @@ def measuring_loader(dataset, batch_size, collate_fn):
     return create_dataloader(Subset(dataset, by_length), batch_size, collate_fn=collate_fn)
 
 
-# What a run leaves in its folder, beside the tokenizer
-FILES = ["config.json", "model.safetensors", "resume.pt", "responses.json"]
-FILES += [f"{name}.{suffix}" for name in ("losses", "accuracies") for suffix in ("csv", "png")]
-FILES += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+# What goes when another run takes the place of one, beside the model, which is replaced
+OLD_FILES = ["resume.pt", "responses.json", "losses.csv", "losses.png", "accuracies.csv", "accuracies.png"]
 
 
 def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, sample):
@@ -547,7 +555,6 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
     values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
     config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {name: str(Path(settings[name]).resolve()) for name in ("init", "data") if Path(settings[name]).exists()}
 
     batch_size = args.micro_batch_size or args.batch_size
     train_loader = create_dataloader(
@@ -560,12 +567,13 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
         group_size=args.batch_size,
     )
     val_loader = measuring_loader(validation, batch_size, collate_fn)
-    old_files = [args.out / name for name in FILES] if checkpoint is None else []
+    of_adapter = [] if args.lora_rank else ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    old_files = [args.out / name for name in OLD_FILES + of_adapter] if args.overwrite else []
 
     def save_best():
-        while old_files:  # only now is it sure that there is something to replace them with
-            old_files.pop().unlink(missing_ok=True)
         save()
+        while old_files:  # only now there is something in their place
+            old_files.pop().unlink(missing_ok=True)
 
     stopped_by = train(
         model, train_loader, val_loader, config, args.out, save=save_best, sample=sample, settings=settings, checkpoint=checkpoint
@@ -677,9 +685,7 @@ def print_confusion(logits, labels, classes):
 
 def predict(args):
     model, tokenizer, classes = load_classifier(args.folder)
-    texts = args.texts or sys.stdin.read().splitlines()
-    if not texts:
-        raise ValueError("no text to classify, neither after the folder nor on the standard input")
+    texts = args.texts or sys.stdin.read().rstrip("\n").split("\n")
     for n, text in enumerate(texts, 1):
         if not text.strip():
             raise ValueError(f"text {n} is empty")
@@ -786,8 +792,9 @@ def ask(url, model, prompt, where):
         response = requests.post(url.rstrip("/") + "/chat/completions", json=body, timeout=300)  # large judges are slow
         response.raise_for_status()
         reply = response.json()["choices"][0]["message"]["content"]
-        number = re.fullmatch(r"\D*?(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", re.sub(r"(?s)<think>.*</think>", "", reply))
-    except (requests.RequestException, KeyError, IndexError, TypeError) as error:
+        reply = re.sub(r"(?s)<think>.*?(</think>|$)", "", str(reply))
+        number = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", reply)  # such as "85", "Score: 85/100."
+    except (requests.RequestException, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{url}: {error!r:.200}, at {where}") from None
     return float(number[1]) if number and float(number[1]) <= 100 else None
 
@@ -913,9 +920,16 @@ def parse_arguments():
         return args, None
     if args.lora_rank and args.command == "classify" and args.train:
         raise ValueError("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
+    if getattr(args, "max_new_tokens", 1) < 1:
+        raise ValueError("--max-new-tokens must be at least 1")
     if not args.resume:
         if not args.overwrite:
             refuse_to_replace(args.out)
+        for name in ("init", "data"):
+            if Path(getattr(args, name)).exists():
+                setattr(args, name, str(Path(getattr(args, name)).resolve()))  # so that it can be resumed from anywhere
+        if args.init == str(args.out.resolve()):
+            raise ValueError(f"--init and --out are both {args.out}; the new model needs a folder of its own")
         return args, None
     for name, value in vars(args).items():
         if value != parsers[args.command].get_default(name) and name not in ("command", "resume", "device"):

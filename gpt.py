@@ -38,8 +38,9 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if min(self.vocab_size, self.context_length, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"sizes must be at least 1: {self}")
+        sizes = (self.vocab_size, self.context_length, self.n_layer, self.n_head, self.n_embd)
+        if min(sizes) < 1 or max(sizes) >= 2**24:
+            raise ValueError(f"sizes must be at least 1, and below 2**24: {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads of equal size")
         if not 0 <= self.dropout < 1:
@@ -105,7 +106,8 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids. "<|endoftext|>" in a text is plain characters: only `eot` itself ends a document."""
-        return self.encoding.encode_ordinary(text)
+        text = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")  # half a character: U+FFFD
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).tolist()
 
     def decode(self, ids):
         """Ids -> str. Bytes that are not UTF-8, such as half a character at the end, and unknown ids become U+FFFD."""
@@ -228,10 +230,10 @@ def complete_file(path):
     part = path.with_name(path.name + ".part")
     try:
         yield part
+        os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    os.replace(part, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

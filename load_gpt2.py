@@ -548,7 +548,7 @@ def usable_device(name):
     """The name of a device, once it is sure that it works"""
     try:
         torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise argparse.ArgumentTypeError(f"{name} is not a device of this machine") from None
     return name
 
@@ -571,12 +571,14 @@ class CommandLine(argparse.ArgumentParser):
 @contextlib.contextmanager
 def one_line_errors():
     """What the user can mend ends the program with one line and exit code 2; a traceback is for our own mistakes."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a training
+            getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character must not end a training
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
         print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import struct
@@ -218,8 +217,8 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                 save_state()
             if stops:
                 break
-    if rank == 0:
-        plot_losses(history, out / "losses.png")
+        if rank == 0:
+            plot_losses(history, out / "losses.png")
     return (caught or [signal.SIGTERM])[0] if step < config.steps else None  # the signal may have gone to another process
 
 
@@ -398,10 +397,10 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or {"step", "best_loss", "model", "optimizers", "settings"} - checkpoint.keys():
+        if {"step", "best_loss", "model", "optimizers", "settings"} - checkpoint.keys() or not isinstance(checkpoint["settings"], dict):
             raise ValueError("not the state of a run")
         return checkpoint
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a damaged file raises can be of any kind
         raise ValueError(f"{path}: damaged ({error!r:.100})") from None
 
 
@@ -442,12 +441,12 @@ def find_files(names, folder):
             last = re.sub(r"[^\w.-]", "_", name.rstrip("/").rsplit("/", 1)[-1])
             found = [folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{last}"]
             download(name, found[0])
-        elif Path(name).is_dir():
+        elif name and Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
         else:
             found = [Path(name)] if Path(name).is_file() else [Path(path) for path in sorted(glob.glob(name, recursive=True))]
         if not found:
-            raise ValueError(f"{name}: no *.txt in this folder" if Path(name).is_dir() else f"{name}: no such file")
+            raise ValueError(f"{name}: no *.txt in this folder" if name and Path(name).is_dir() else f"{name}: no such file")
         paths += found
     for path in paths:
         if path.stat().st_size == 0:
@@ -601,10 +600,12 @@ def parse_arguments():
         add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
     args, checkpoint = parser.parse_args(), None
     if args.resume:
-        for name in ("out", "overwrite", "init", "model", "vocab_size"):
+        for name in ("out", "overwrite", "init", "model", "vocab_size", "optimizer"):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
         checkpoint = read_checkpoint(args.resume)
+        if "command" in checkpoint["settings"]:
+            parser.error(f"{args.resume} is a run of finetune.py: python finetune.py {checkpoint['settings']['command']} --resume")
         parser.set_defaults(**checkpoint["settings"])
         args = parser.parse_args()
         args.out = args.resume
@@ -707,12 +708,12 @@ def pretrain(args, config, checkpoint, out, device):
     train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed, collate_fn=collate)
     val_loader = create_dataloader(validation, micro_batch_size, collate_fn=collate)
 
-    old_files = [out / name for name in ("config.json", "resume.pt", "losses.csv", "losses.png")] if args.overwrite else []
+    old_files = [out / name for name in ("resume.pt", "losses.csv", "losses.png")] if args.overwrite else []
 
     def save():
-        while old_files:  # only now is it sure that there is something to replace them with
-            old_files.pop().unlink(missing_ok=True)
         save_gpt2(model, tokenizer, out)
+        while old_files:  # only now there is something in their place
+            old_files.pop().unlink(missing_ok=True)
 
     def sample(step):
         generator = torch.Generator(device).manual_seed(args.seed)

@@ -33,6 +33,7 @@ from finetune import (
     load_lora,
     logits_and_labels,
     merge_lora,
+    read_instructions,
     read_texts,
     save_lora,
 )
@@ -284,6 +285,17 @@ def serve(handler):
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
+def test_several_files_are_refused(tmp_path):
+    write_tables(tmp_path)
+    with pytest.raises(ValueError, match="one file is needed, and here are 2"):
+        read_texts(str(tmp_path / "*.tsv"), tmp_path)
+
+
+def test_instructions_may_be_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,input,output\nSay hello.,,Hello.\n")
+    assert read_instructions(str(tmp_path / "a.csv"), tmp_path) == [ROW]
+
+
 def test_a_zip_by_its_url(tmp_path):
     write_tables(tmp_path)
 
@@ -320,6 +332,7 @@ LABELLED = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(12)]
         ("classify", [*LABELLED, {"text": "t", "label": None}], "d.json, row 13: None is no label"),
         ("classify", [*LABELLED, {"text": "t", "label": "c"}], "d.json, row 13: the class 'c' has less than 3 rows"),
         ("classify", LABELLED[::2], "d.json: one class only, 'a'"),
+        ("classify", [*LABELLED, {"text": "\ud83d", "label": "a"}], "d.json, row 13: half a character"),
     ],
 )
 def test_bad_rows_are_named(monkeypatch, capsys, tmp_path, command, rows, message):
@@ -340,6 +353,7 @@ def test_bad_rows_are_named(monkeypatch, capsys, tmp_path, command, rows, messag
         ("d.jsonl", b'{"text": "a", "label": "b"}\n{"text', "d.jsonl, line 2: damaged"),
         ("d.zip", b"PK\x05\x06" + bytes(18), "d.zip"),
         ("d.tsv", b"", "d.tsv: empty"),
+        ("d.csv", b"text,label,text\na,b,c\n", "d.csv, line 1: two columns have the same name"),
     ],
 )
 def test_bad_files_are_named(monkeypatch, capsys, tmp_path, name, content, message):
@@ -390,9 +404,12 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert run(monkeypatch, capsys, "predict", out)[1].splitlines() == output.splitlines()[::-1]
     code, _, error = run(monkeypatch, capsys, "predict", out, " ")
     assert code == 2 and error == "error: text 1 is empty\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a line\u2028of\x0cone text\nsee you at 7\n"))
+    output = run(monkeypatch, capsys, "predict", out)[1]
+    assert output.count("\n") == 2 and "a line\u2028of\x0cone text" in output
+    monkeypatch.setattr(sys, "stdin", None)
     code, _, error = run(monkeypatch, capsys, "predict", out)
-    assert code == 2 and "no text to classify" in error
+    assert code == 2 and error == "error: text 1 is empty\n"
     code, _, error = run(monkeypatch, capsys, "predict", TINY, "x")
     assert code == 2 and "no classifier" in error
     code, _, error = run(monkeypatch, capsys, *args)
@@ -436,6 +453,8 @@ def test_a_run_needs_its_base_no_more(monkeypatch, capsys, tmp_path, messages):
     args = ["--data", messages, "--out", tmp_path / "out", *QUICK, "--init", tmp_path / "base"]
     assert run(monkeypatch, capsys, "classify", *args)[0] == 0
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
+    code, _, error = run(monkeypatch, capsys, "classify", *args, "--out", tmp_path / "base", "--overwrite")
+    assert code == 2 and "--init and --out are both" in error
     (tmp_path / "base" / "model.safetensors").unlink()
     assert run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
@@ -448,6 +467,10 @@ def test_overwritten_only_once_there_is_something_new(monkeypatch, capsys, tmp_p
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(monkeypatch, capsys, *args, "--overwrite", "--batch-size", 0)[0] == 2
     assert run(monkeypatch, capsys, *args, "--overwrite", "--micro-batch-size", 3)[0] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("load_gpt2.os.replace", None)  # a disk that takes no more files
+        with pytest.raises(TypeError):
+            run(monkeypatch, capsys, *args, "--overwrite")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert run(monkeypatch, capsys, *args, "--overwrite")[0] == 0
     assert not list(out.glob("adapter/*"))  # which was of the old run
@@ -558,7 +581,7 @@ def test_ctrl_c_stops_an_answer_only(talker):
 
 
 def test_judge(monkeypatch, capsys, tmp_path):
-    replies = ["70", "Score: 90/100", "I cannot say", "<think>5 or 6</think>\n50.5", "30", "40", "250", "60"]
+    replies = ["70", "Score: 90/100", "Score: -5", "<think>5 or 6</think>\n50.5", "30", "40", None, "60"]
     asked = []
 
     class Judge(Stub):

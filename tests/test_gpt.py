@@ -99,6 +99,12 @@ def test_decode_undoes_encode(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_more_blanks_than_the_regex_can_take_are_an_error():
+    with pytest.raises(ValueError, match="while tokenizing"):
+        Tokenizer.gpt2().encode("x" + " " * 2_000_000 + "y")
+    assert Tokenizer.gpt2().decode(Tokenizer.gpt2().encode("a\ud83db")) == "a\ufffdb"
+
+
 def slow_bpe(text, n_merges):
     """Count all pairs of the whole text anew for each merge"""
     words = [[bytes([b]) for b in word.encode()] for word in regex.findall(gpt.SPLIT_PATTERN, text)]

@@ -478,6 +478,13 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert read_tokens(path).tolist() == [i for text in texts[:2] for i in [*tokenizer.encode(text.read_text()), tokenizer.eot]]
 
 
+def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
+    state = dict.fromkeys(("step", "best_loss", "model", "optimizers")) | {"settings": {"command": "classify"}}
+    torch.save(state, tmp_path / "resume.pt")
+    code, _, error = run(monkeypatch, capsys, "--resume", tmp_path)
+    assert code == 2 and "is a run of finetune.py: python finetune.py classify --resume" in error
+
+
 def test_a_token_file_of_others_is_not_replaced(tmp_path):
     write_llmc(tmp_path / "mine.bin", [1, 2, 3])
     (tmp_path / "a.txt").write_text("One text.")

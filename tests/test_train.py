@@ -136,9 +136,9 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(tmp_path):
         assert cut == pytest.approx(whole, rel=1e-5) and cut_val == pytest.approx(whole_val, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_losses_are_those_of_a_loop_written_out(tmp_path, name):
-    losses, val_losses = toy_losses(tmp_path / "out", 2, optimizer=name)
+@pytest.mark.parametrize("name, peak", [("adamw", 1e-3), ("muon", 5e-2)])
+def test_losses_are_those_of_a_loop_written_out(tmp_path, name, peak):
+    losses, val_losses = toy_losses(tmp_path / "out", 2, optimizer=name, learning_rate=peak)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16))
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -165,7 +165,7 @@ def test_losses_are_those_of_a_loop_written_out(tmp_path, name):
         length = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
         for p in model.parameters():
             p.grad *= min(1, 0.5 / length)
-        lr = 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2)
+        lr = peak * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -176,10 +176,10 @@ def test_losses_are_those_of_a_loop_written_out(tmp_path, name):
         expected.append(loss.item())
         if step in (4, 9):
             expected_val.append(mean_loss(rows).item())
-    rel = 1e-5 if name == "adamw" else 1e-3  # bfloat16 rounds otherwise where products and sums come in another order
+    rel = 1e-5 if name == "adamw" else 2e-3  # bfloat16 rounds otherwise where products and sums come in another order
     assert losses == pytest.approx(expected, rel=rel) and val_losses == pytest.approx(expected_val, rel=rel)
     if name == "muon":
-        assert losses != pytest.approx(toy_losses(tmp_path / "adamw", 2)[0], rel=rel)
+        assert losses != pytest.approx(toy_losses(tmp_path / "adamw", 2, learning_rate=peak)[0], rel=rel)
 
 
 def test_gradients_are_clipped_as_a_whole_step(tmp_path):

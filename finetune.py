@@ -17,6 +17,7 @@ import csv
 import importlib.util
 import io
 import json
+import lzma
 import math
 import random
 import re
@@ -370,7 +371,7 @@ def read_records(source, folder, columns=()):
                 member = max(archive.infolist(), key=lambda info: info.file_size, default=None)  # the rest are readmes
                 name, data = (member.filename, archive.read(member)) if member else (name, b"")
         text = data.decode("utf-8-sig")
-    except Exception as error:  # what a damaged archive raises can be of any kind
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not a UTF-8 text ({error})") from None
     suffix = re.search(r"\.(jsonl?|csv)(?![a-z])", name.lower())
     if suffix is None or suffix[1] == "csv":
@@ -551,7 +552,7 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
     print(f"{n_trained:,} of {n_all:,} parameters are trained")
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "steps"}
-    steps_per_epoch = len(training) / max(1, args.batch_size)
+    steps_per_epoch = len(training) / max(1, args.batch_size)  # TrainConfig refuses what is below 1
     values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
     config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}

@@ -578,7 +578,7 @@ def one_line_errors():
             getattr(sys, name).reconfigure(errors="replace")  # a terminal that lacks a character must not end a training
     try:
         yield
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, FloatingPointError, OverflowError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
         print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import struct
@@ -397,10 +398,10 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"step", "best_loss", "model", "optimizers", "settings"} - checkpoint.keys() or not isinstance(checkpoint["settings"], dict):
+        if {"step", "best_loss", "model", "optimizers"} - checkpoint.keys() or not isinstance(checkpoint["settings"], dict):
             raise ValueError("not the state of a run")
         return checkpoint
-    except Exception as error:  # what a damaged file raises can be of any kind
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: damaged ({error!r:.100})") from None
 
 

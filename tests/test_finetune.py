@@ -310,6 +310,16 @@ def test_a_zip_by_its_url(tmp_path):
     assert [row[1:] for row in rows] == [(text, label) for label, text in TEXTS]
 
 
+def damaged_lzma():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.tsv", "ham\thello\n" * 100)
+    data = bytearray(file.getvalue())
+    start = 30 + len("a.tsv")  # of what is compressed, after the header and the name
+    data[start + 9 : start + 30] = b"\xff" * 21
+    return bytes(data)
+
+
 ROW = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 LABELLED = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(12)]
 
@@ -353,6 +363,7 @@ def test_bad_rows_are_named(monkeypatch, capsys, tmp_path, command, rows, messag
         ("d.jsonl", b'{"text": "a", "label": "b"}\n{"text', "d.jsonl, line 2: damaged"),
         ("d.zip", b"PK\x05\x06" + bytes(18), "d.zip"),
         ("d.tsv", b"", "d.tsv: empty"),
+        ("d.zip", damaged_lzma(), "d.zip: damaged"),
         ("d.csv", b"text,label,text\na,b,c\n", "d.csv, line 1: two columns have the same name"),
     ],
 )

@@ -178,17 +178,19 @@ def open_part(path):
             break
         with contextlib.suppress(OSError):  # on file systems without locks, length and hash have to find a mix of two
             fcntl.flock(file, fcntl.LOCK_EX)
-        if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                break
         file.close()  # while this process waited, the other one renamed or removed the part
     with file:
         try:
             yield file
         finally:
+            is_empty = not file.closed and os.fstat(file.fileno()).st_size == 0
             if fcntl is None:
                 file.close()
-            if part.exists() and part.stat().st_size == 0:
-                part.unlink()
+            if is_empty:
+                part.unlink(missing_ok=True)
 
 
 def fetch_rest(url, token, part, answer):

@@ -340,6 +340,23 @@ def test_many_processes_at_once(hub, tmp_path):
     assert len([path for path, _ in hub.asked if path.startswith("/storage")]) <= 2  # the others waited for the first
 
 
+@pytest.mark.parametrize("look", [1, 2, 3])
+def test_a_part_may_vanish_between_two_looks(fetch, monkeypatch, tmp_path, look):
+    """As it does when another process completes or removes it"""
+    part, stat, looks = tmp_path / "x.part", Path.stat, []
+
+    def vanishing(path, **options):
+        if path == part:
+            looks.append(path)
+            if len(looks) == look:
+                part.unlink()
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    fetch()
+    assert (tmp_path / "x").read_bytes() == BODY and not part.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Repositories
 

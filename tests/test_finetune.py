@@ -531,16 +531,8 @@ def test_the_loss_does_not_depend_on_micro_batches(monkeypatch, capsys, tmp_path
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-def wait_for_step(out, step, process):
-    while process.poll() is None:
-        if (out / "resume.pt").exists() and len(read_losses(out / "losses.csv")) > step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(process.communicate())
-
-
 @pytest.mark.parametrize("command", ["classify", "instruct"])
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, messages, instructions, command):
+def test_interrupted_and_resumed_is_uninterrupted(monkeypatch, capsys, tmp_path, messages, instructions, command):
     args = [command, *QUICK, "--epochs", 8, "--eval-every", 6, "--data", {"classify": messages, "instruct": instructions}[command]]
     if command == "classify":
         args += ["--lora-rank", 2]
@@ -548,19 +540,17 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, messages, instructio
     else:
         args += ["--max-new-tokens", 4]
         names = ["responses.json"]
-    whole = start(*args, "--out", tmp_path / "whole")
-    process = start(*args, "--out", tmp_path / "cut")
-    wait_for_step(tmp_path / "cut", 6, process)
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error == "" and f"{command} --resume {tmp_path / 'cut'}" in output
-    output, error = whole.communicate(timeout=120)
-    assert whole.returncode == 0, error
-    process = start(command, "--resume", tmp_path / "cut")
-    output, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, _, error = run(monkeypatch, capsys, *args, "--out", whole)
+    assert code == 0, error
+    with monkeypatch.context() as patch:
+        patch.setattr("train.show_progress", lambda line: signal.raise_signal(signal.SIGINT) if "step     8/" in line else None)
+        code, output, error = run(patch, capsys, *args, "--out", cut)
+    assert code == 130 and error == "" and f"{command} --resume {cut}" in output and len(read_losses(cut / "losses.csv")) == 10
+    code, _, error = run(monkeypatch, capsys, command, "--resume", cut)
+    assert code == 0, error
     for name in ("losses.csv", "model.safetensors", "config.json", *names):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
 
 
 @pytest.fixture
@@ -572,10 +562,10 @@ def talker(tmp_path):
     return tmp_path / "talker"
 
 
-def test_chat(talker):
-    process = start("chat", talker, "--max-new-tokens", 5)
-    output, error = process.communicate("Hello\n\nAgain\n" + "long " * 1000 + "\nOnce more\n", timeout=60)
-    assert process.returncode == 0 and error == "" and output.count("\n> ") == 6
+def test_chat(monkeypatch, capsys, talker):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAgain\n" + "long " * 1000 + "\nOnce more\n"))
+    code, output, error = run(monkeypatch, capsys, "chat", talker, "--max-new-tokens", 5)
+    assert code == 0 and error == "" and output.count("\n> ") == 6
     assert "That is too long" in output
 
 

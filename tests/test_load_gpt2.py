@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import time
 from functools import partial
@@ -480,11 +479,10 @@ def test_a_vocabulary_that_is_larger_than_the_tokenizer(monkeypatch, capsys, tmp
     assert code == 0 and "\ufffd" in out
 
 
-def test_help_shows_every_option():
-    result = subprocess.run([sys.executable, ROOT / "load_gpt2.py", "--help"], capture_output=True, text=True)
+def test_help_shows_every_option(monkeypatch, capsys):
+    code, output, _ = run(monkeypatch, capsys, "--help")
     options = "list prompt max-new-tokens temperature top-k top-p seed samples evaluate stride dtype device".split()
-    assert result.returncode == 0 and all("--" + option in result.stdout for option in options)
-    assert "None" not in result.stdout
+    assert code == 0 and all("--" + option in output for option in options) and "None" not in output
 
 
 @pytest.mark.parametrize(

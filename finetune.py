@@ -64,7 +64,6 @@ from train import (
     show_progress,
     sole_run,
     train,
-    write_losses,
 )
 
 DATA = Path(__file__).with_name("data")
@@ -541,10 +540,10 @@ def measuring_loader(dataset, batch_size, collate_fn):
 
 
 # What goes when another run takes the place of one, beside the model, which is replaced
-OLD_FILES = ["resume.pt", "responses.json", "losses.csv", "losses.png", "accuracies.csv", "accuracies.png"]
+OLD_FILES = ["resume.pt", "responses.json", "losses.csv", "losses.png", "accuracies.png"]
 
 
-def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, sample):
+def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, report):
     """Train what asks for a gradient, through train.train; where that is stopped, say how to go on and end the program."""
     n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     n_all = sum(parameter.numel() for parameter in model.parameters())
@@ -577,7 +576,7 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
             old_files.pop().unlink(missing_ok=True)
 
     stopped_by = train(
-        model, train_loader, val_loader, config, args.out, save=save_best, sample=sample, settings=settings, checkpoint=checkpoint
+        model, train_loader, val_loader, config, args.out, save=save_best, report=report, settings=settings, checkpoint=checkpoint
     )
     print(f"peak memory {peak_memory(args.device):.2f} GB")
     if stopped_by:
@@ -628,26 +627,22 @@ def classify(args, checkpoint):
     # Accuracy on the way: in training, of as many rows as validation has
     some = ClassificationDataset(parts[0][: len(parts[1])], tokenizer, classes, limit)
     curve_loaders = {"train_accuracy": measuring_loader(some, 32, collate_texts), "val_accuracy": loaders[1]}
-    curve = []
-    if checkpoint is not None:
-        curve = [row for row in read_losses(args.out / "accuracies.csv") if int(row["step"]) <= checkpoint["step"]]
 
     def save():
         if args.lora_rank:
             save_lora(model, args.out / "adapter", args.init)
         save_classifier(merge_lora(copy.deepcopy(model)), tokenizer, classes, args.out)
 
-    def sample(step):
+    def report():
         row = {name: accuracy(*logits_and_labels(model, loader)) for name, loader in curve_loaders.items()}
         print(f"    accuracy: training {row['train_accuracy']:.1%}, validation {row['val_accuracy']:.1%}")
-        curve.append({"step": step} | row)
-        write_losses(args.out / "accuracies.csv", curve, ["step", *row])
+        return row
 
     if checkpoint is None:
         print_scores("before", [logits_and_labels(model, loader) for loader in loaders])
-    finetune(model, *datasets[:2], collate_texts, args, checkpoint, save=save, sample=sample)
+    finetune(model, *datasets[:2], collate_texts, args, checkpoint, save=save, report=report)
     curves = [("train_accuracy", "training", {"marker": "."}), ("val_accuracy", "validation", {"marker": "."})]
-    plot_losses(curve, args.out / "accuracies.png", curves, "accuracy")
+    plot_losses(read_losses(args.out / "losses.csv"), args.out / "accuracies.png", curves, "accuracy")
 
     best = load_classifier(args.out)[0].to(args.device)
     scores = [logits_and_labels(best, loader) for loader in loaders]
@@ -730,12 +725,13 @@ def instruct(args, checkpoint):
             save_lora(model, args.out / "adapter", args.init)
         save_gpt2(merge_lora(copy.deepcopy(model)), tokenizer, args.out)
 
-    def sample(step):
+    def sample():
         entry = validation.entries[0]
         (response,) = answer(model, tokenizer, [entry], args.max_new_tokens)
         print(textwrap.indent(f"{entry['instruction']} {entry['input']}\n-> {response}", "    "), end="\n\n", flush=True)
+        return {}
 
-    finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, sample=sample)
+    finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, report=sample)
 
     dtype = fast_dtype(args.device)
     best, start = load_gpt2(args.out, device=args.device, dtype=dtype)[0], time.perf_counter()

@@ -113,14 +113,15 @@ def create_optimizers(model, config):
     return optimizers
 
 
-def train(model, train_loader, val_loader, config, out, *, save, sample=None, settings=None, checkpoint=None):
+def train(model, train_loader, val_loader, config, out, *, save, report=lambda: {}, settings=None, checkpoint=None):
     """
     Train `model`, on the device where it is, from `train_loader`: one made with shuffle=True, its batches are micro-batches.
 
-    Every eval_every steps: the loss over all of `val_loader`; `save()` where it is the lowest so far; `sample(step)`;
-    out/losses.csv and out/resume.pt. Every step depends on the state, the seed and its own number alone, so a run that goes on from a
-    `checkpoint` (what torch.load reads from resume.pt) repeats to the last bit what it would have done. `settings` go into
-    resume.pt for whoever resumes. Ctrl-C and SIGTERM end the run after the current step, with its state saved.
+    Every eval_every steps: the loss over all of `val_loader`; `save()` where it is the lowest so far; `report()`, which may show
+    something and returns {name: number} of more columns for losses.csv; out/losses.csv and out/resume.pt. Every step depends on
+    the state, the seed and its own number alone, so a run that goes on from a `checkpoint` (what torch.load reads from resume.pt)
+    repeats to the last bit what it would have done. `settings` go into resume.pt for whoever resumes. Ctrl-C and SIGTERM end the
+    run after the current step, with its state saved.
 
     Returns the number of the signal that stopped it, or None. Raises FloatingPointError at a loss that is not finite.
     """
@@ -136,13 +137,13 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
     optimizers = create_optimizers(model, config)
     step, best_loss, history = 0, math.inf, []  # history: the rows of losses.csv
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], read_losses(out / "losses.csv")
-        history = history[: step + 1]  # row n is step n
-        if len(history) <= step:
-            raise ValueError(f"{out / 'losses.csv'}: {len(history)} rows, where {out / 'resume.pt'} has done {step} steps")
+        try:
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{out / 'resume.pt'}: does not fit the model of {out / 'config.json'} ({error!s:.100})") from None
+        step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], checkpoint["history"]
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
@@ -150,7 +151,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
 
     def save_state():
         write_losses(out / "losses.csv", history)
-        state = {"step": step, "best_loss": best_loss, "settings": settings}
+        state = {"step": step, "best_loss": best_loss, "history": history, "settings": settings}
         state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         with complete_file(out / "resume.pt") as part:
             try:
@@ -170,14 +171,13 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                 best_loss = val_loss
                 save()
             print_line(f"{progress} | val {val_loss:.4f}")
-            if sample is not None:
-                sample(step)
+            history[-1] |= report()
             save_state()
 
     progress = f"step {step:5d}/{config.steps}"
     with catch_signals() as caught:
         if checkpoint is None:
-            history.append({"step": 0, "train_loss": "", "learning_rate": "", "val_loss": ""})
+            history.append({"step": 0})
             measure_and_save()
         batch_sampler.start, batch_sampler.step = step * micro_batches + rank, world_size
         batches = iter(train_loader)
@@ -201,7 +201,7 @@ def train(model, train_loader, val_loader, config, out, *, save, sample=None, se
                 optimizer.step()
             model.zero_grad()
             step += 1
-            history.append({"step": step, "train_loss": train_loss, "learning_rate": lr, "val_loss": ""})
+            history.append({"step": step, "learning_rate": lr, "train_loss": train_loss})
 
             tokens, seconds = tokens + step_tokens, seconds + time.perf_counter() - step_time
             left = (time.perf_counter() - first_time) / (step - first_step) * (config.steps - step)
@@ -379,7 +379,8 @@ def refuse_to_replace(out):
         raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME leaves it alone")
 
 
-def write_losses(path, rows, columns=("step", "train_loss", "val_loss", "learning_rate")):
+def write_losses(path, rows):
+    columns = dict.fromkeys(name for row in rows for name in row)  # each once, in the order of their appearance
     with complete_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -398,7 +399,7 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"step", "best_loss", "model", "optimizers"} - checkpoint.keys() or not isinstance(checkpoint["settings"], dict):
+        if {"step", "best_loss", "history", "model", "optimizers"} - checkpoint.keys() or not isinstance(checkpoint["settings"], dict):
             raise ValueError("not the state of a run")
         return checkpoint
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -417,7 +418,7 @@ def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, label, style in curves:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name] != ""]
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name, "") != ""]
         axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel=unit)
     axes.legend()
@@ -716,13 +717,14 @@ def pretrain(args, config, checkpoint, out, device):
         while old_files:  # only now there is something in their place
             old_files.pop().unlink(missing_ok=True)
 
-    def sample(step):
+    def sample():
         generator = torch.Generator(device).manual_seed(args.seed)
         (ids,) = model.generate(
             [prompt], max_new_tokens=100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator
         )
         text = (args.prompt + tokenizer.decode(ids)).strip()
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+        return {}
 
     # What the run needs to be resumed anywhere on this machine, spelled out
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
@@ -735,7 +737,7 @@ def pretrain(args, config, checkpoint, out, device):
             f"{len(validation)} for validation; {device}"
         )
     return train(
-        model, train_loader, val_loader, config, out, save=save, sample=sample, settings=settings, checkpoint=checkpoint
+        model, train_loader, val_loader, config, out, save=save, report=sample, settings=settings, checkpoint=checkpoint
     )
 
 

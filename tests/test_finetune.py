@@ -394,7 +394,8 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert code == 0, error
     assert "30 ham, 20 spam; 20 of each are used" in output and "longer than 30 tokens" in output and "recall" in output
     assert (out / "adapter").exists() == ("--lora-rank" in how)
-    curve = read_losses(out / "accuracies.csv")
+    curve = [row for row in read_losses(out / "losses.csv") if row["val_loss"]]
+    assert all(0 <= float(row[name]) <= 1 for row in curve for name in ("train_accuracy", "val_accuracy"))
     assert [row["step"] for row in curve] == ["0", "4", "8", "12", "16", "20", "21"]  # once an epoch of 28 rows, and at the end
     # Only what was to be trained has changed
     before, after = load_gpt2(TINY)[0].state_dict(), load_classifier(out)[0].transformer.state_dict()
@@ -536,7 +537,7 @@ def test_interrupted_and_resumed_is_uninterrupted(monkeypatch, capsys, tmp_path,
     args = [command, *QUICK, "--epochs", 8, "--eval-every", 6, "--data", {"classify": messages, "instruct": instructions}[command]]
     if command == "classify":
         args += ["--lora-rank", 2]
-        names = ["accuracies.csv", "adapter/adapter_model.safetensors"]
+        names = ["adapter/adapter_model.safetensors"]
     else:
         args += ["--max-new-tokens", 4]
         names = ["responses.json"]

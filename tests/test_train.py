@@ -365,6 +365,20 @@ def test_stopped_and_killed_and_resumed_is_uninterrupted(tmp_path):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
 
 
+def test_the_state_alone_is_enough_to_go_on(monkeypatch, capsys, quick, tmp_path):
+    out = tmp_path / "out"
+    quick("out", "--steps", 4)
+    before = read_losses(out / "losses.csv")
+    (out / "losses.csv").write_text("nonsense")
+    assert run(monkeypatch, capsys, "--resume", out, "--steps", 8)[0] == 0
+    after = read_losses(out / "losses.csv")
+    assert after[:5] == before and [row["step"] for row in after] == [str(step) for step in range(9)]
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    code, _, error = run(monkeypatch, capsys, "--resume", out)
+    assert code == 2 and error.startswith(f"error: {out / 'resume.pt'}: does not fit the model of ") and error.count("\n") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts and token files
 
@@ -449,7 +463,7 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 
 def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
-    state = dict.fromkeys(("step", "best_loss", "model", "optimizers")) | {"settings": {"command": "classify"}}
+    state = dict.fromkeys(("step", "best_loss", "history", "model", "optimizers")) | {"settings": {"command": "classify"}}
     torch.save(state, tmp_path / "resume.pt")
     code, _, error = run(monkeypatch, capsys, "--resume", tmp_path)
     assert code == 2 and "is a run of finetune.py: python finetune.py classify --resume" in error

@@ -11,7 +11,6 @@ Finetuning: a GPT-2 becomes a classifier or an assistant, whole, in its last lay
     python finetune.py classify --init gpt2 --data reviews.csv --out out/reviews --lora-rank 16
 """
 
-import codecs
 import copy
 import csv
 import importlib.util
@@ -37,19 +36,24 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 
-from gpt import GPT, GPTConfig, Tokenizer, complete_file, create_dataloader
+from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
 from load_gpt2 import (
-    TRANSPOSED,
     CommandLine,
     default_device,
     fast_dtype,
     hf_config,
     load_gpt2,
     one_line_errors,
+    put_weights,
     read_config,
+    read_json,
     read_safetensors,
+    read_tokenizer,
+    read_weights,
+    save_folder,
     save_gpt2,
     usable_device,
+    write_json,
     write_safetensors,
 )
 from train import (
@@ -118,38 +122,25 @@ def collate_texts(batch):
 
 def save_classifier(model, tokenizer, classes, folder):
     """Write what `AutoModelForSequenceClassification.from_pretrained(folder)` opens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in model.state_dict().items()}
-    write_safetensors(folder / "model.safetensors", weights)
-    tokenizer.save(folder)
     config = hf_config(model.transformer.config, tokenizer, torch.float32) | {
         "architectures": ["GPT2ForSequenceClassification"],
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
         "pad_token_id": tokenizer.eot,  # never in a text, so transformers finds where each text ends
     }
-    with complete_file(folder / "config.json") as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_folder(folder, model.state_dict(), tokenizer, config)
 
 
 def load_classifier(folder):
     """A folder that `save_classifier` wrote -> (GPTClassifier in eval mode, Tokenizer, names of the classes)"""
     path = folder / "config.json"
-    config, tokenizer = read_config(path), Tokenizer.load(folder)
-    names = json.loads(path.read_text(encoding="utf-8")).get("id2label")
+    config, names = read_config(path), read_json(path).get("id2label")
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise ValueError(f'{path}: no classifier: "id2label" does not name its classes')
-    tensors = read_safetensors(folder / "model.safetensors", torch.float32)
-    if f"transformer.h.{config.n_layer - 1}.ln_1.weight" not in tensors or tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: config.json, the weights and the vocabulary do not fit together")
     with torch.device("meta"):
         model = GPTClassifier(GPT(config), len(names)).eval()
-    try:
-        weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in tensors.items()}
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
-    return model, tokenizer, [names[str(i)] for i in range(len(names))]
+    put_weights(model, read_weights(folder, torch.float32), folder)
+    return model, read_tokenizer(folder, config), [names[str(i)] for i in range(len(names))]
 
 
 @torch.no_grad()
@@ -315,21 +306,18 @@ def save_lora(model, folder, base):
         "bias": "none",
         "inference_mode": True,
     }
-    with complete_file(folder / "adapter_config.json") as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", config)
 
 
 def load_lora(model, folder):
     """Put an adapter that `save_lora` or PEFT wrote onto a model. Raises ValueError for kinds that are not computed here."""
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
-        kind = config["peft_type"], config.get("bias", "none")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
+    config = read_json(path)
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if not all(type(number) in (int, float) for number in (rank, alpha, dropout)):
+        raise ValueError(f"{path}: r, lora_alpha or lora_dropout is missing, or no number")
     variants = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
-    if kind != ("LORA", "none") or any(config.get(variant) for variant in variants):
+    if (config.get("peft_type"), config.get("bias", "none")) != ("LORA", "none") or any(config.get(variant) for variant in variants):
         raise ValueError(f"{path}: only plain LoRA is computed here: no biases, one rank, none of {', '.join(variants)}")
 
     path = folder / "adapter_model.safetensors"
@@ -377,9 +365,9 @@ def read_records(source, folder, columns=()):
         rows = read_table(text, path, columns, has_commas=suffix is not None)
     elif suffix[1] == "jsonl":
         rows = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(where, read_json(line, where)) for where, line in rows]
+        rows = [(where, parse_json(line, where)) for where, line in rows]
     else:
-        rows = read_json(text, path)
+        rows = parse_json(text, path)
         if not isinstance(rows, list):
             raise ValueError(f"{path}: not a list of rows")
         rows = [(f"{path}, row {n}", record) for n, record in enumerate(rows, 1)]
@@ -395,7 +383,7 @@ def read_records(source, folder, columns=()):
     return rows
 
 
-def read_json(text, where):
+def parse_json(text, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -742,8 +730,7 @@ def instruct(args, checkpoint):
         base = load_base(args, texts)[0].to(args.device, dtype)
         for result, response in zip(results, answer(base, tokenizer, test.entries, args.max_new_tokens)):
             result["base_response"] = response
-    with complete_file(args.out / "responses.json") as part:
-        part.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.out / "responses.json", results)
     for result in results[:3]:
         print()
         for key, value in result.items():
@@ -820,17 +807,10 @@ def chat(args):
             print(f"That is too long: with its form it has {len(ids)} tokens, and {limit} fit.")
             turns.clear()
             continue
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
+        options = {"temperature": args.temperature, "top_k": args.top_k, "eos_id": tokenizer.eot, "generator": generator}
+        new_ids = model.stream(ids, min(args.max_new_tokens, limit + 1 - len(ids)), **options)
         try:
-            for i in model.stream(
-                ids,
-                min(args.max_new_tokens, limit + 1 - len(ids)),
-                temperature=args.temperature,
-                top_k=args.top_k,
-                eos_id=tokenizer.eot,
-                generator=generator,
-            ):
-                piece = decoder.decode(tokenizer.tokens.get(i, b"\xff"))
+            for piece in tokenizer.decode_stream(new_ids):
                 turns[-1][1] += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

@@ -7,6 +7,7 @@ Shapes in comments: B batch, T tokens (time), C channels (n_embd), H heads, D he
     python gpt.py       follows one sentence through the model
 """
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -112,6 +113,13 @@ class Tokenizer:
     def decode(self, ids):
         """Ids -> str. Bytes that are not UTF-8, such as half a character at the end, and unknown ids become U+FFFD."""
         return b"".join(self.tokens.get(int(i), b"\xff") for i in ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids):
+        """Ids, one by one as they come -> pieces of text. A character made of several tokens comes with the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.tokens.get(int(i), b"\xff"))
+        yield decoder.decode(b"", final=True)
 
     @classmethod
     def gpt2(cls):

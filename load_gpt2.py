@@ -9,7 +9,6 @@ reads and writes, and the continuation of a text on the command line.
 """
 
 import argparse
-import codecs
 import contextlib
 import errno
 import hashlib
@@ -367,17 +366,18 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
         folder = fetch_from_hub(str(name_or_folder), revision)
     config = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: {tokenizer.vocab_size} tokens do not fit a model with vocab_size={config.vocab_size}")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in read_weights(folder, dtype).items()}
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, tensors.get("wte.weight", torch.empty(0))):
         raise ValueError(f"{folder}: lm_head.weight is not wte.weight, but this model has one table for both")
-    last = f"h.{config.n_layer - 1}.ln_1.weight"
-    if last not in tensors:  # looked for first, so that no config.json can make us build millions of layers
-        raise ValueError(f"{folder}: {last} is missing")
     with torch.device("meta"):  # shapes only: no time goes into numbers that are replaced at once
         model = GPT(config).eval()
+    put_weights(model, tensors, folder)
+    return model.to(device), tokenizer
+
+
+def put_weights(model, tensors, folder):
+    """Let the model's parameters be these tensors, laid out as in `folder`, whence they are; each must have its place."""
     weights = {}
     for name, parameter in model.state_dict().items():
         if name not in tensors:
@@ -387,11 +387,10 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
         weights[name] = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
         if weights[name].shape != parameter.shape:
             raise ValueError(f"{folder}: {name} is {list(tensors[name].shape)}, which is not what config.json says")
-    extra = [name for name in tensors if name not in weights and not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    if extra:
-        raise ValueError(f"{folder}: {extra[0]} is no part of GPT-2")
+    for name in tensors:
+        if name not in weights and not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in OpenAI's files
+            raise ValueError(f"{folder}: {name} is no part of the model")
     model.load_state_dict(weights, assign=True)
-    return model.to(device), tokenizer
 
 
 def read_weights(folder, dtype):
@@ -438,11 +437,19 @@ def read_tokenizer(folder, config):
     """merges.txt and vocab.json, or tokenizer.json, which says the same in one file, or else GPT-2's own -> Tokenizer"""
     path = folder / "tokenizer.json"
     if (folder / "merges.txt").exists() or (folder / "vocab.json").exists() and not path.exists():
-        return Tokenizer.load(folder)
-    if not path.exists():
-        if config.vocab_size == GPTConfig.vocab_size:
-            return Tokenizer.gpt2()
+        tokenizer = Tokenizer.load(folder)
+    elif path.exists():
+        tokenizer = read_tokenizer_json(path)
+    elif config.vocab_size == GPTConfig.vocab_size:
+        tokenizer = Tokenizer.gpt2()
+    else:
         raise ValueError(f"{folder}: no merges.txt and no tokenizer.json, and the vocabulary is not GPT-2's")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: {tokenizer.vocab_size} tokens do not fit a model with vocab_size={config.vocab_size}")
+    return tokenizer
+
+
+def read_tokenizer_json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         bpe, cut = content["model"], content["pre_tokenizer"]
@@ -460,16 +467,23 @@ def save_gpt2(model, tokenizer, folder, dtype=torch.float32):
     Write what `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` open.
     dtype: of the weights in the file, float32, bfloat16 or float16.
     """
+    weights = {"transformer." + name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    save_folder(folder, weights, tokenizer, hf_config(model.config, tokenizer, dtype))
+
+
+def save_folder(folder, weights, tokenizer, config):
+    """weights: {name in transformers: tensor as nn.Linear has it}. config: what goes into config.json"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {}
-    for name, weight in model.state_dict().items():
-        weight = weight.T if name.endswith(TRANSPOSED) else weight
-        weights["transformer." + name] = weight.to(dtype)
+    weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in weights.items()}
     write_safetensors(folder / "model.safetensors", weights)
     tokenizer.save(folder)
-    with complete_file(folder / "config.json") as part:
-        part.write_text(json.dumps(hf_config(model.config, tokenizer, dtype), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
+
+
+def write_json(path, content):
+    with complete_file(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hf_config(config, tokenizer, dtype):
@@ -506,7 +520,7 @@ def read_config(path):
         "n_embd": given.get("n_embd", 768),
     }
     for key, value in sizes.items():
-        if type(value) is not int or not 0 < value < 2**24:
+        if type(value) is not int or not 0 < value < (1000 if key == "n_layer" else 2**24):
             raise ValueError(f"{path}: {key}={value!r:.40} is no size")
     computed_here = {
         "activation_function": "gelu_new",
@@ -617,11 +631,11 @@ def evaluate_text(model, ids, stride):
 def complete(model, tokenizer, prompt, max_new_tokens, **options):
     """Print the prompt and, token by token, how the model goes on -> the number of new tokens"""
     print(prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be spread over several tokens
-    n, ids = 0, tokenizer.encode(prompt) or [tokenizer.eot]
-    for n, i in enumerate(model.stream(ids, max_new_tokens, eos_id=tokenizer.eot, **options), start=1):
-        print(decoder.decode(tokenizer.tokens.get(i, b"\xff")), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    new_ids = model.stream(ids, max_new_tokens, eos_id=tokenizer.eot, **options)
+    for n, piece in enumerate(tokenizer.decode_stream(new_ids)):  # one piece for each token, and one for the end
+        print(piece, end="", flush=True)
+    print()
     return n
 
 

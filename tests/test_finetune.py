@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -31,13 +30,12 @@ from finetune import (
     format_prompt,
     load_classifier,
     load_lora,
-    logits_and_labels,
     merge_lora,
     read_instructions,
     read_texts,
     save_lora,
 )
-from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, Tokenizer, create_dataloader
+from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, Tokenizer
 from load_gpt2 import load_gpt2, read_safetensors, save_gpt2
 from train import read_losses
 

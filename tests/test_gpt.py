@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import regex
 import torch
-import torch.nn.functional as F
 
 import gpt
 from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, TokenDataset, Tokenizer, create_dataloader, sample

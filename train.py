@@ -181,6 +181,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             measure_and_save()
         batch_sampler.start, batch_sampler.step = step * micro_batches + rank, world_size
         batches = iter(train_loader)
+        step_batches = list(itertools.islice(batches, micro_batches // world_size))
         first_step, first_time = step, time.perf_counter()
         tokens, seconds = 0, 0.0  # since the last measure_and_save
         while step < config.steps:
@@ -188,10 +189,10 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             lr = scheduled_learning_rate(step, config)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
-            step_batches = [next(batches) for _ in range(micro_batches // world_size)]
             loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
+            step_batches = list(itertools.islice(batches, micro_batches // world_size))  # of the next step, while a GPU works
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-            train_loss, stops = sum_over_processes([loss, len(caught)], device)
+            train_loss, stops = sum_over_processes([loss.item(), len(caught)], device)
             if not math.isfinite(train_loss + norm):
                 raise FloatingPointError(
                     f"the loss is {train_loss} with a gradient of length {norm} at step {step + 1}; "
@@ -226,7 +227,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
 def backward(model, batches, autocast, seed):
     """
     Add up the gradients of the mean loss over all targets of a step, however it is cut into `batches` and over processes.
-    Returns this process's part of that mean, and the number of tokens that all of them have read.
+    Returns this process's part of that mean, a tensor, and the number of tokens that all of them have read.
     """
     device = next(model.parameters()).device
     rank, world_size = process_rank(), process_count()
@@ -243,7 +244,7 @@ def backward(model, batches, autocast, seed):
                 loss = model(*(x.to(device, non_blocking=True) for x in batch))
             (loss * (n * world_size / all_targets)).backward()  # DDP will divide by world_size
         loss_sum += loss.detach() * n
-    return loss_sum.item() / all_targets, all_tokens
+    return loss_sum / all_targets, all_tokens
 
 
 @torch.no_grad()

@@ -34,7 +34,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Subset
 
 from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
 from load_gpt2 import (
@@ -98,20 +97,13 @@ class GPTClassifier(nn.Module):
         return logits if labels is None else F.cross_entropy(logits, labels)
 
 
-class ClassificationDataset(Dataset):
+class ClassificationDataset(list):
     """(text, class) pairs -> (ids, class number); of a text that is too long, the beginning is kept. n_cut counts those."""
 
     def __init__(self, rows, tokenizer, classes, context_length):
         texts = [tokenizer.encode(text) for text, _ in rows]
-        self.lengths = [min(len(ids), context_length) for ids in texts]
+        super().__init__((torch.tensor(ids[:context_length]), classes.index(label)) for ids, (_, label) in zip(texts, rows))
         self.n_cut = sum(len(ids) > context_length for ids in texts)
-        self.rows = [(torch.tensor(ids[:context_length]), classes.index(label)) for ids, (_, label) in zip(texts, rows)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.rows[i]
 
 
 def collate_texts(batch):
@@ -146,10 +138,10 @@ def load_classifier(folder):
 @torch.no_grad()
 def logits_and_labels(model, loader):
     """(logits, labels) over all batches: (rows, classes) and (rows,), on the CPU"""
-    device, was_training = model.score.weight.device, model.training
+    device = model.score.weight.device
     model.eval()
     batches = [(model(ids.to(device), lengths.to(device)).cpu(), labels) for ids, lengths, labels in loader]
-    model.train(was_training)
+    model.train()
     return [torch.cat(parts) for parts in zip(*batches)]
 
 
@@ -172,14 +164,14 @@ def format_prompt(entry):
     return prompt + "### Response:\n"
 
 
-class InstructionDataset(Dataset):
+class InstructionDataset(list):
     """
     Entries -> (ids, targets) of prompt, response and end-of-text, both (T,). The prompt is no target: what is asked is given.
     Of a row that is too long the end is cut (n_cut), and one whose prompt leaves no room to answer is left out (n_left_out).
     """
 
     def __init__(self, entries, tokenizer, context_length, train_on_prompt=False):
-        self.rows, self.entries, self.n_cut, self.n_left_out = [], [], 0, 0
+        self.entries, self.n_cut, self.n_left_out = [], 0, 0
         for entry in entries:
             prompt = tokenizer.encode(format_prompt(entry))
             ids = prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot]
@@ -191,15 +183,8 @@ class InstructionDataset(Dataset):
             inputs, targets = ids[:-1], ids[1:].clone()
             if not train_on_prompt:
                 targets[: len(prompt) - 1] = -100
-            self.rows.append((inputs, targets))
+            self.append((inputs, targets))
             self.entries.append(entry)
-        self.lengths = [len(inputs) for inputs, _ in self.rows]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.rows[i]
 
 
 def collate_instructions(batch):
@@ -251,15 +236,14 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
     """Freeze the model, and give every nn.Linear with one of these names ("c_attn", or longer "h.0.attn.c_attn") a LoRA."""
     if not 1 <= rank < 2**16 or not 0 <= dropout <= 1:
         raise ValueError(f"LoRA with rank={rank}, dropout={dropout}: they must be 1 to 65535, and 0 to 1")
-    names = [name for name, _ in model.named_modules() if ("." + name).endswith(tuple("." + target for target in targets))]
-    for target in targets:
-        found = [model.get_submodule(name) for name in names if ("." + name).endswith("." + target)]
-        if not found or not all(isinstance(module, nn.Linear) for module in found):
-            raise ValueError(f"LoRA is for {', '.join(LORA_TARGETS)}, not {target}")
     model.requires_grad_(False)
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        names = [name for name in linears if ("." + name).endswith("." + target)]
+        if not names:
+            raise ValueError(f"LoRA is for {', '.join(LORA_TARGETS)}, not {target}")
+        for name in names:
+            model.set_submodule(name, LoRALinear(linears[name], rank, alpha, dropout))
     return model
 
 
@@ -270,8 +254,7 @@ def merge_lora(model):
         linear = nn.Linear(lora.in_features, lora.out_features, device="meta")
         linear.weight = nn.Parameter(lora.weight + lora.scale * lora.lora_B.weight @ lora.lora_A.weight)
         linear.bias = lora.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        model.set_submodule(name, linear)
     return model
 
 
@@ -282,17 +265,12 @@ PEFT_PREFIX = "base_model.model."
 def save_lora(model, folder, base):
     """Write what `peft.PeftModel.from_pretrained(base_model, folder)` opens: the adapter alone, and a classifier's head."""
     folder.mkdir(parents=True, exist_ok=True)
-    loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    is_classifier, lora = isinstance(model, GPTClassifier), next(iter(loras.values()))
+    is_classifier = isinstance(model, GPTClassifier)
     prefix = PEFT_PREFIX + ("" if is_classifier else "transformer.")
-    tensors = {
-        prefix + f"{name}.lora_{part}.weight": getattr(module, f"lora_{part}").weight
-        for name, module in loras.items()
-        for part in "AB"
-    }
-    if is_classifier:
-        tensors[PEFT_PREFIX + "score.weight"] = model.score.weight
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    trained = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name or name == "score.weight"}
+    write_safetensors(folder / "adapter_model.safetensors", {prefix + name: tensor for name, tensor in trained.items()})
+    loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    lora = next(iter(loras.values()))  # all are alike
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
@@ -317,7 +295,7 @@ def load_lora(model, folder):
     if not all(type(number) in (int, float) for number in (rank, alpha, dropout)):
         raise ValueError(f"{path}: r, lora_alpha or lora_dropout is missing, or no number")
     variants = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
-    if (config.get("peft_type"), config.get("bias", "none")) != ("LORA", "none") or any(config.get(variant) for variant in variants):
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, variants)):
         raise ValueError(f"{path}: only plain LoRA is computed here: no biases, one rank, none of {', '.join(variants)}")
 
     path = folder / "adapter_model.safetensors"
@@ -355,8 +333,8 @@ def read_records(source, folder, columns=()):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                member = max(archive.infolist(), key=lambda info: info.file_size, default=None)  # the rest are readmes
-                name, data = (member.filename, archive.read(member)) if member else (name, b"")
+                member = max(archive.infolist(), key=lambda info: info.file_size)  # the rest are readmes
+                name, data = member.filename, archive.read(member)
         text = data.decode("utf-8-sig")
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not a UTF-8 text ({error})") from None
@@ -376,10 +354,8 @@ def read_records(source, folder, columns=()):
     for where, record in rows:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: not an object with named values")
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: half a character ({error.reason})") from None
+        if re.search(r"[\ud800-\udfff]", "".join(map(str, record.values()))):
+            raise ValueError(f"{where}: half a character, which is no text")
     return rows
 
 
@@ -400,7 +376,7 @@ def read_table(text, path, columns, has_commas):
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     header = ["label", "text"]
-    if lines and {cell.lower() for cell in lines[0][1]} & {name.lower() for name in columns}:
+    if lines and any(cell.lower() in columns for cell in lines[0][1]):
         header = lines.pop(0)[1]
     if len(set(header)) < len(header):
         raise ValueError(f"{path}, line 1: two columns have the same name")
@@ -412,17 +388,17 @@ def read_table(text, path, columns, has_commas):
 
 def read_texts(source, folder, text_column=None, label_column=None):
     """-> list of (where, text, label), all str"""
-    texts = [text_column] if text_column else TEXT_COLUMNS
-    labels = [label_column] if label_column else LABEL_COLUMNS
+    text_columns = [text_column.lower()] if text_column else TEXT_COLUMNS
+    label_columns = [label_column.lower()] if label_column else LABEL_COLUMNS
     rows = []
-    for where, record in read_records(source, folder, [*texts, *labels]):
+    for where, record in read_records(source, folder, (*text_columns, *label_columns)):
         values = []
-        for names, kinds, option in [(texts, str, "--text-column"), (labels, (str, int), "--label-column")]:
-            found = [value for name, value in record.items() if name in names or name.lower() in names]
+        for what, columns, kinds in [("text", text_columns, str), ("label", label_columns, (str, int))]:
+            found = [value for name, value in record.items() if name.lower() in columns]
             if len(found) != 1:
-                raise ValueError(f"{where}: {len(found)} columns are named {' or '.join(names)}; {option} names the right one")
+                raise ValueError(f"{where}: {len(found)} columns are named {' or '.join(columns)}; --{what}-column says which")
             if not isinstance(found[0], kinds) or not str(found[0]).strip():
-                raise ValueError(f"{where}: {found[0]!r:.50} is no {option[2:].removesuffix('-column')}")
+                raise ValueError(f"{where}: {found[0]!r:.50} is no {what}")
             values.append(str(found[0]))
         rows.append((where, *values))
     return rows
@@ -443,10 +419,13 @@ def read_instructions(source, folder):
 
 
 def split_by_class(rows, classes, seed, balance):
-    """(text, label) rows -> 70 % for training, 10 % for validation, 20 % for the test, of every class, shuffled by the seed"""
+    """(where, text, label) rows -> 70, 10 and 20 % of each class for training, validation and test, as (text, label) pairs"""
     rng = random.Random(seed)
-    groups = [[row for row in rows if row[1] == name] for name in classes]
+    groups = [[row for row in rows if row[2] == name] for name in classes]
     for group in groups:
+        if len(group) < 3:
+            where, _, label = group[0]
+            raise ValueError(f"{where}: the class {label!r} has less than 3 rows, one each for training, validation and test")
         rng.shuffle(group)
     if balance:
         groups = [group[: min(map(len, groups))] for group in groups]
@@ -458,7 +437,7 @@ def split_by_class(rows, classes, seed, balance):
         parts[2].extend(group[n_val : n_val + n_test])
     for part in parts:
         rng.shuffle(part)
-    return parts
+    return [[(text, label) for _, text, label in part] for part in parts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,13 +457,14 @@ def fill_in(args, config):
         args.learning_rate = 1e-3 if is_small or args.lora_rank else 5e-5
     if args.command == "classify" and args.train is None:
         args.train = "all" if is_small else "last"
+    if args.context_length is None:
+        args.context_length = config.context_length
+        if args.command == "instruct" and not args.lora_rank:  # which cannot learn new positions
+            args.context_length = max(256, config.context_length)  # in a small vocabulary the prompt alone takes a hundred
 
 
-def load_base(args, texts, shortest_context=1):
-    """
-    The model to start from, with args.dropout. Its context is that of the base, or --context-length, or shortest_context where
-    that is more; positions that the base does not know begin at random.
-    """
+def load_base(args, texts):
+    """The model to start from, with args.dropout and args.context_length; positions that it does not know are random."""
     if args.init == BASE and not Path(BASE).exists():
         raise ValueError(f"{BASE}: no such folder; `python train.py` makes it, or name another model with --init")
     torch.manual_seed(args.seed)
@@ -496,10 +476,8 @@ def load_base(args, texts, shortest_context=1):
         config, weights = base.config, base.state_dict()
     fill_in(args, config)
     known = config.context_length
-    if args.lora_rank and (args.context_length or 0) > known:
-        raise ValueError(f"--context-length {args.context_length} is more than the {known} of {args.init}, and LoRA cannot learn it")
-    if args.context_length is None:
-        args.context_length = known if args.lora_rank else max(known, shortest_context)
+    if args.lora_rank and args.context_length > known:
+        raise ValueError(f"--context-length {args.context_length}: {args.init} has {known} positions, and LoRA learns no more")
     model = GPT(replace(config, dropout=args.dropout, context_length=args.context_length))
     if weights is not None:
         weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])[: args.context_length]
@@ -507,65 +485,58 @@ def load_base(args, texts, shortest_context=1):
     return model, tokenizer
 
 
-def resumed_base(args):
-    """The same model as `load_base` has made for the run in args.out; its weights are in resume.pt"""
-    return GPT(replace(read_config(args.out / "config.json"), dropout=args.dropout)), Tokenizer.load(args.out)
+def load_model(args, texts, checkpoint):
+    """The model to train: the base, or its like for a run that goes on (`train` gives it its weights); and its adapters"""
+    if checkpoint is None:
+        model, tokenizer = load_base(args, texts)
+    else:
+        model, tokenizer = GPT(replace(read_config(args.out / "config.json"), dropout=args.dropout)), Tokenizer.load(args.out)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    return model, tokenizer
 
 
-def check_unchanged(rows, args, checkpoint):
+def check_unchanged(rows, args):
     """Other rows would be split otherwise: what a run has learned from would be its test when it goes on."""
     checksum = zlib.crc32(repr(rows).encode())
-    if checkpoint is None:
-        args.checksum = checksum
-    elif args.checksum != checksum:
+    if vars(args).setdefault("checksum", checksum) != checksum:  # which a resumed run has in its settings
         raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; start anew, with --overwrite")
 
 
-def measuring_loader(dataset, batch_size, collate_fn):
+def measuring_loader(rows, batch_size, collate_fn):
     """All rows once, the short ones first, so that little is padded"""
-    by_length = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
-    return create_dataloader(Subset(dataset, by_length), batch_size, collate_fn=collate_fn)
-
-
-# What goes when another run takes the place of one, beside the model, which is replaced
-OLD_FILES = ["resume.pt", "responses.json", "losses.csv", "losses.png", "accuracies.png"]
+    return create_dataloader(sorted(rows, key=lambda row: len(row[0])), batch_size, collate_fn=collate_fn)
 
 
 def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, report):
-    """Train what asks for a gradient, through train.train; where that is stopped, say how to go on and end the program."""
+    """Train what asks for a gradient, by train.train; `save` gets the model with its adapters merged. If stopped, end here."""
     n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     n_all = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(training)} rows to learn from, {len(validation)} for validation; {args.device}")
     print(f"{n_trained:,} of {n_all:,} parameters are trained")
 
-    values = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name != "steps"}
     steps_per_epoch = len(training) / max(1, args.batch_size)  # TrainConfig refuses what is below 1
-    values["eval_every"] = values["eval_every"] or math.ceil(steps_per_epoch)
-    config = TrainConfig(steps=math.ceil(args.epochs * steps_per_epoch), **values)
+    args.steps = math.ceil(args.epochs * steps_per_epoch)
+    args.eval_every = args.eval_every or math.ceil(steps_per_epoch)
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
 
     batch_size = args.micro_batch_size or args.batch_size
-    train_loader = create_dataloader(
-        training,
-        batch_size,
-        shuffle=True,
-        seed=args.seed,
-        collate_fn=collate_fn,
-        lengths=training.lengths,
-        group_size=args.batch_size,
-    )
+    like_lengths = {"lengths": [len(ids) for ids, _ in training], "group_size": args.batch_size}
+    train_loader = create_dataloader(training, batch_size, shuffle=True, seed=args.seed, collate_fn=collate_fn, **like_lengths)
     val_loader = measuring_loader(validation, batch_size, collate_fn)
-    of_adapter = [] if args.lora_rank else ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
-    old_files = [args.out / name for name in OLD_FILES + of_adapter] if args.overwrite else []
+    old_files = ["resume.pt", "responses.json", "losses.csv", "losses.png", "accuracies.png"]
+    old_files += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
     def save_best():
-        save()
-        while old_files:  # only now there is something in their place
-            old_files.pop().unlink(missing_ok=True)
+        save(merge_lora(copy.deepcopy(model)) if args.lora_rank else model)
+        while args.overwrite and old_files:  # only now there is something in their place
+            (args.out / old_files.pop()).unlink(missing_ok=True)
+        if args.lora_rank:
+            save_lora(model, args.out / "adapter", args.init)
 
-    stopped_by = train(
-        model, train_loader, val_loader, config, args.out, save=save_best, report=report, settings=settings, checkpoint=checkpoint
-    )
+    options = {"save": save_best, "report": report, "settings": settings, "checkpoint": checkpoint}
+    stopped_by = train(model, train_loader, val_loader, config, args.out, **options)
     print(f"peak memory {peak_memory(args.device):.2f} GB")
     if stopped_by:
         print(f"stopped; go on with: python finetune.py {args.command} --resume {args.out}")
@@ -584,42 +555,34 @@ def peak_memory(device):
 
 
 def classify(args, checkpoint):
+    """Learn to put texts into classes."""
     rows = read_texts(args.data, args.out.parent, args.text_column, args.label_column)
-    check_unchanged([row[1:] for row in rows], args, checkpoint)
+    check_unchanged([row[1:] for row in rows], args)
     n_rows = Counter(label for _, _, label in rows)
     classes = sorted(n_rows, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))  # 2 before 10
-    for where, _, label in rows:
-        if n_rows[label] < 3:
-            raise ValueError(f"{where}: the class {label!r} has less than 3 rows, one each for training, validation and test")
     if len(classes) < 2:
         raise ValueError(f"{args.data}: one class only, {classes[0]!r}")
-    parts = split_by_class([(text, label) for _, text, label in rows], classes, args.seed, args.balance)
+    parts = split_by_class(rows, classes, args.seed, args.balance)
 
-    gpt, tokenizer = resumed_base(args) if checkpoint else load_base(args, [text for text, _ in parts[0]])
-    model = GPTClassifier(gpt, len(classes))
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-        model.score.requires_grad_()
-    else:
-        choose_trained(model, args.train)
-    model.to(args.device)
+    gpt, tokenizer = load_model(args, [text for text, _ in parts[0]], checkpoint)
+    if not args.lora_rank:
+        gpt.requires_grad_(args.train == "all")
+        if args.train == "last":  # what makes the features that the head reads
+            gpt.h[-1].requires_grad_()
+            gpt.ln_f.requires_grad_()
+    model = GPTClassifier(gpt, len(classes)).to(args.device)  # the head is trained in any case
 
     limit = gpt.config.context_length
     datasets = [ClassificationDataset(part, tokenizer, classes, limit) for part in parts]
+    counts = ", ".join(f"{n_rows[name]} {name}" for name in classes)
     balanced = f"; {min(n_rows.values())} of each are used" if args.balance else ""
-    print(", ".join(f"{n_rows[name]} {name}" for name in classes) + balanced)
-    n_cut = sum(dataset.n_cut for dataset in datasets)
-    if n_cut:
-        print(f"{n_cut} texts are longer than {limit} tokens, and cut there")
+    print(f"{counts}{balanced}; {sum(d.n_cut for d in datasets)} longer than {limit} tokens, and cut there")
     loaders = [measuring_loader(dataset, 32, collate_texts) for dataset in datasets]
-    # Accuracy on the way: in training, of as many rows as validation has
-    some = ClassificationDataset(parts[0][: len(parts[1])], tokenizer, classes, limit)
-    curve_loaders = {"train_accuracy": measuring_loader(some, 32, collate_texts), "val_accuracy": loaders[1]}
+    some = measuring_loader(datasets[0][: len(datasets[1])], 32, collate_texts)  # of training, as many rows as validation has
+    curve_loaders = {"train_accuracy": some, "val_accuracy": loaders[1]}
 
-    def save():
-        if args.lora_rank:
-            save_lora(model, args.out / "adapter", args.init)
-        save_classifier(merge_lora(copy.deepcopy(model)), tokenizer, classes, args.out)
+    def save(merged):
+        save_classifier(merged, tokenizer, classes, args.out)
 
     def report():
         row = {name: accuracy(*logits_and_labels(model, loader)) for name, loader in curve_loaders.items()}
@@ -639,13 +602,6 @@ def classify(args, checkpoint):
     print(f'{args.out} is a classifier: python finetune.py predict {args.out} "{parts[2][0][0][:40]}"')
 
 
-def choose_trained(model, how):
-    """head: the scores alone; last: also what makes the features that they read, the last block and norm; all: everything"""
-    model.requires_grad_(how == "all")
-    for module in [model.score] + ([model.transformer.h[-1], model.transformer.ln_f] if how == "last" else []):
-        module.requires_grad_()
-
-
 def print_scores(when, scores):
     print(f"\n{when:12}    loss  accuracy")
     for name, (logits, labels) in zip(("training", "validation", "test"), scores):
@@ -655,19 +611,20 @@ def print_scores(when, scores):
 
 def print_confusion(logits, labels, classes):
     """Which class was taken for which, and how far each can be trusted"""
-    guesses, most = logits.argmax(dim=1), int(labels.mode().values)
-    print(f"always {classes[most]!r} would be right in {(labels == most).float().mean():.2%} of the test\n")
+    n = len(classes)
+    matrix = torch.bincount(n * labels + logits.argmax(dim=1), minlength=n * n).view(n, n)  # [class, what it was taken for]
+    n_there, n_guessed, n_right = matrix.sum(dim=1), matrix.sum(dim=0), matrix.diag()
+    print(f"always {classes[n_there.argmax()]!r} would be right in {n_there.max() / n_there.sum():.2%} of the test\n")
     width = max(8, *(len(name) + 3 for name in classes))
     print(" " * width + "".join(f"{'as ' + name:>{width + 2}}" for name in classes) + "  precision  recall")
     for i, name in enumerate(classes):
-        row = [int(((labels == i) & (guesses == j)).sum()) for j in range(len(classes))]
-        n_guessed, n_there = int((guesses == i).sum()), int((labels == i).sum())
-        cells = "".join(f"{n:{width + 2}}" for n in row)
-        print(f"{name:>{width}}{cells}  {row[i] / max(1, n_guessed):9.1%}  {row[i] / n_there:6.1%}")
+        cells = "".join(f"{count:{width + 2}}" for count in matrix[i].tolist())
+        print(f"{name:>{width}}{cells}  {n_right[i] / n_guessed[i].clamp(min=1):9.1%}  {n_right[i] / n_there[i]:6.1%}")
     print()
 
 
 def predict(args):
+    """Say the class of texts."""
     model, tokenizer, classes = load_classifier(args.folder)
     texts = args.texts or sys.stdin.read().rstrip("\n").split("\n")
     for n, text in enumerate(texts, 1):
@@ -682,22 +639,17 @@ def predict(args):
         print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
 
 
-# In a small vocabulary the words of the prompt alone take a hundred tokens; GPT-2's context is longer
-CONTEXT_FOR_INSTRUCTIONS = 256
-
-
 def instruct(args, checkpoint):
+    """Learn to answer instructions."""
     entries = read_instructions(args.data, args.out.parent)
-    check_unchanged(entries, args, checkpoint)
+    check_unchanged(entries, args)
     if len(entries) < 3:
         raise ValueError(f"{args.data}: {len(entries)} rows, but training, validation and test need one each")
     random.Random(args.seed).shuffle(entries)
     n_val, n_test = max(1, len(entries) // 20), max(1, len(entries) // 10)
     parts = entries[n_val + n_test :], entries[:n_val], entries[n_val : n_val + n_test]
     texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
-    model, tokenizer = resumed_base(args) if checkpoint else load_base(args, texts, CONTEXT_FOR_INSTRUCTIONS)
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    model, tokenizer = load_model(args, texts, checkpoint)
     model.to(args.device)
 
     limit = model.config.context_length
@@ -708,10 +660,8 @@ def instruct(args, checkpoint):
         raise ValueError(f"{args.data}: too few rows fit into {limit} tokens; --context-length takes more")
     training, validation, test = datasets
 
-    def save():
-        if args.lora_rank:
-            save_lora(model, args.out / "adapter", args.init)
-        save_gpt2(merge_lora(copy.deepcopy(model)), tokenizer, args.out)
+    def save(merged):
+        save_gpt2(merged, tokenizer, args.out)
 
     def sample():
         entry = validation.entries[0]
@@ -749,6 +699,7 @@ Answer with the number alone."""
 
 
 def judge(args):
+    """Have a model on a server score answers."""
     records = read_records(args.responses, Path())
     kinds = [kind for kind in ("response", "base_response") if kind in records[0][1]] or ["response"]
     for where, record in records:
@@ -764,9 +715,7 @@ def judge(args):
         given = [number for number in scores if number is not None]
         if not given:
             raise ValueError(f"{args.url}: none of {len(scores)} replies was a number from 0 to 100")
-        print_line(f"{kind}: mean {sum(given) / len(given):.1f} of {len(given)} scores")
-        if len(given) < len(scores):
-            print(f"{len(scores) - len(given)} replies were no number from 0 to 100", file=sys.stderr)
+        print_line(f"{kind}: mean {sum(given) / len(given):.1f} of {len(given)} scores, {len(scores)} asked for")
 
 
 def ask(url, model, prompt, where):
@@ -784,8 +733,8 @@ def ask(url, model, prompt, where):
 
 
 def chat(args):
+    """Talk to a model."""
     model, tokenizer = load_gpt2(args.folder, device=args.device, dtype=fast_dtype(args.device))
-    generator = torch.Generator(args.device).manual_seed(args.seed)
     limit = model.config.context_length
     print("Ctrl-C stops an answer, Ctrl-D ends the talk.")
     turns = []  # [question, answer]
@@ -807,7 +756,7 @@ def chat(args):
             print(f"That is too long: with its form it has {len(ids)} tokens, and {limit} fit.")
             turns.clear()
             continue
-        options = {"temperature": args.temperature, "top_k": args.top_k, "eos_id": tokenizer.eot, "generator": generator}
+        options = {"temperature": args.temperature, "top_k": args.top_k, "eos_id": tokenizer.eot}
         new_ids = model.stream(ids, min(args.max_new_tokens, limit + 1 - len(ids)), **options)
         try:
             for piece in tokenizer.decode_stream(new_ids):
@@ -820,24 +769,19 @@ def chat(args):
 
 def talk(turns):
     """Turns of (question, answer) as one text; the prompt's first words stand once"""
-    (question, response), *later = turns
-    text = format_prompt({"instruction": question}) + response
-    return text + "".join(f"\n\n### Instruction:\n{question}\n\n### Response:\n{response}" for question, response in later)
+    parts = [format_prompt({"instruction": question}) + response for question, response in turns]
+    first_words = parts[0][: parts[0].index("###")]
+    return first_words + "\n\n".join(part.removeprefix(first_words) for part in parts)
+
+
+COMMANDS = {f.__name__: f for f in (classify, predict, instruct, judge, chat)}
 
 
 def parse_arguments():
-    """The command line; with --resume, that of the run to be resumed, and its state"""
+    """The command line -> what it says, and the parser of its command"""
     parser = CommandLine(description="Finetune a GPT-2, and use what came of it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {}
-    for name, text in [
-        ("classify", "learn to put texts into classes"),
-        ("predict", "say the class of texts"),
-        ("instruct", "learn to answer instructions"),
-        ("judge", "have a model on a server score answers"),
-        ("chat", "talk to a model"),
-    ]:
-        parsers[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parsers = {name: commands.add_parser(name, help=f.__doc__, description=f.__doc__) for name, f in COMMANDS.items()}
     for name, data, out, epochs, batch_size in [
         ("classify", "messages.tsv", "out/spam", 10.0, 16),
         ("instruct", "instructions.json", "out/assistant", 3.0, 8),
@@ -866,7 +810,8 @@ def parse_arguments():
     add("--text-column", help=f"name of the column with the texts (default: {', '.join(TEXT_COLUMNS)})")
     add("--label-column", help=f"name of the column with the classes (default: {', '.join(LABEL_COLUMNS)})")
     add("--balance", action="store_true", help="use as many rows of each class as the rarest has")
-    add("--train", choices=["head", "last", "all"], help="the weights to train (default: last, which is head, norm and last block; all of a small model)")
+    add("--train", choices=["head", "last", "all"],
+        help="the weights to train; last: head, final norm and last block (default: last; all of a small model)")  # fmt: skip
 
     add = parsers["instruct"].add_argument
     add("--train-on-prompt", action="store_true", help="learn to write the prompts too")
@@ -887,18 +832,18 @@ def parse_arguments():
     add("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
     add("--top-k", type=int, default=50, help="sample among the k likeliest tokens")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--seed", type=int, default=0, help="the same seed gives the same answers")
 
     for name in ("classify", "predict", "instruct", "chat"):
         parsers[name].add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
 
     args = parser.parse_args()
-    if args.command not in ("classify", "instruct"):
-        return args, None
-    if args.lora_rank and args.command == "classify" and args.train:
-        raise ValueError("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
-    if getattr(args, "max_new_tokens", 1) < 1:
-        raise ValueError("--max-new-tokens must be at least 1")
+    return args, parsers[args.command]
+
+
+def begin(args, parser):
+    """Settle the start of a new run -> None; or, with --resume, take over the settings of an old one -> its state"""
+    if args.command == "classify" and args.train and args.lora_rank:
+        parser.error("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
     if not args.resume:
         if not args.overwrite:
             refuse_to_replace(args.out)
@@ -906,25 +851,26 @@ def parse_arguments():
             if Path(getattr(args, name)).exists():
                 setattr(args, name, str(Path(getattr(args, name)).resolve()))  # so that it can be resumed from anywhere
         if args.init == str(args.out.resolve()):
-            raise ValueError(f"--init and --out are both {args.out}; the new model needs a folder of its own")
-        return args, None
+            parser.error(f"--init and --out are both {args.out}; the new model needs a folder of its own")
+        return None
     for name, value in vars(args).items():
-        if value != parsers[args.command].get_default(name) and name not in ("command", "resume", "device"):
-            raise ValueError(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
+        if value != parser.get_default(name) and name not in ("command", "resume", "device"):
+            parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
     checkpoint = read_checkpoint(args.resume)
     if checkpoint["settings"].get("command") != args.command:
         raise ValueError(f"{args.resume / 'resume.pt'}: not the state of a run of {args.command}")
     vars(args).update(checkpoint["settings"], out=args.resume)
-    return args, checkpoint
+    return checkpoint
 
 
 def main():
-    args, checkpoint = parse_arguments()
-    if args.command in ("classify", "instruct"):
-        with sole_run(args.out):
-            {"classify": classify, "instruct": instruct}[args.command](args, checkpoint)
-    else:
-        {"predict": predict, "judge": judge, "chat": chat}[args.command](args)
+    args, parser = parse_arguments()
+    command = COMMANDS[args.command]
+    if command not in (classify, instruct):
+        return command(args)
+    checkpoint = begin(args, parser)
+    with sole_run(args.out):
+        command(args, checkpoint)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,9 +40,10 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.context_length, self.n_layer, self.n_head, self.n_embd)
-        if min(sizes) < 1 or max(sizes) >= 2**24:
-            raise ValueError(f"sizes must be at least 1, and below 2**24: {self}")
+        for name, value in vars(self).items():
+            limit = 1000 if name == "n_layer" else 2**24
+            if name != "dropout" and not (type(value) is int and 0 < value < limit):
+                raise ValueError(f"{name}={value!r:.40} is no size; it must be a whole number, at least 1 and below {limit}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads of equal size")
         if not 0 <= self.dropout < 1:
@@ -57,12 +59,6 @@ GPT2_CONFIGS = {
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 
-# Sizes of our own, which two CPU cores train in minutes; their vocabulary, of at most this size, is learned from the text
-SMALL_CONFIGS = {
-    "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),  # 4M
-    "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),  # 12M
-}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: text <-> ids. A vocabulary is the 256 bytes, so that nothing is ever unknown, and then byte strings that
@@ -75,9 +71,8 @@ SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 # GPT-2's order of the 256 bytes, printable ones first. In its files a printable byte stands for itself, and each of the
 # other 68 for a character from U+0100 on, so that merges.txt holds no blanks or control characters.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_ORDER = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
-CHAR_OF_BYTE = {byte: chr(byte if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, byte in enumerate(BYTE_ORDER)}
-BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+CHAR_OF_BYTE = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -93,7 +88,7 @@ class Tokenizer:
 
     def __init__(self, merges, vocab=None):
         self.merges = list(merges)
-        tokens = [bytes([byte]) for byte in BYTE_ORDER] + [left + right for left, right in self.merges]
+        tokens = [bytes([byte]) for byte in CHAR_OF_BYTE] + [left + right for left, right in self.merges]
         names = [*map(to_chars, tokens), END_OF_TEXT]  # as vocab.json spells them
         self.vocab = {name: i for i, name in enumerate(names)} if vocab is None else vocab
         check_vocab(self.vocab, names)
@@ -107,8 +102,7 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids. "<|endoftext|>" in a text is plain characters: only `eot` itself ends a document."""
-        text = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")  # half a character: U+FFFD
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).tolist()
+        return self.encoding.encode(text, disallowed_special=())
 
     def decode(self, ids):
         """Ids -> str. Bytes that are not UTF-8, such as half a character at the end, and unknown ids become U+FFFD."""
@@ -211,7 +205,7 @@ def parse_merges(text):
     lines = text.split("\n")
     if lines[0].startswith("#version"):  # no other line with "#" is a comment: "# #" is a merge
         del lines[0]
-    merges, tokens = [], {char: bytes([byte]) for char, byte in BYTE_OF_CHAR.items()}
+    merges, tokens = [], {char: bytes([byte]) for byte, char in CHAR_OF_BYTE.items()}
     for left, right in (line.split(" ") for line in lines if line):
         merges.append((tokens[left], tokens[right]))
         tokens[left + right] = tokens[left] + tokens[right]
@@ -258,14 +252,12 @@ class TokenDataset(Dataset):
     """
 
     def __init__(self, tokens, context_length, stride=None):
-        if len(tokens) <= context_length:
-            raise ValueError(
-                f"a text of {len(tokens):,} tokens is shorter than one window of context_length={context_length} tokens + 1"
-            )
         self.tokens, self.context_length = tokens, context_length
         self.stride = context_length if stride is None else stride
         if context_length < 1 or self.stride < 1:
             raise ValueError(f"context_length={context_length} and stride={self.stride} must be at least 1")
+        if len(tokens) <= context_length:
+            raise ValueError(f"{len(tokens):,} tokens are shorter than one window of context_length={context_length} + 1")
         self.last_start = len(tokens) - 1 - context_length
         self.file = None
         if isinstance(tokens, np.memmap) and tokens.mode == "r" and hasattr(mmap, "MADV_RANDOM"):
@@ -458,7 +450,7 @@ class GPT(nn.Module):
             columns = torch.arange(int(positions.max()) + 1, device=ids.device)
             mask = columns <= positions[:, None, :, None]  # (B, 1, T, columns)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
-        for block, block_cache in zip(self.h, cache or itertools.repeat(None)):
+        for block, block_cache in zip(self.h, cache or [None] * len(self.h)):
             x = block(x, block_cache, positions, mask)
         return self.ln_f(x)
 
@@ -488,22 +480,19 @@ class GPT(nn.Module):
         When a text outgrows the context, its newer half is read again from position 0 and the older half is forgotten.
         """
         new_ids = [[] for _ in prompts]
-        for ids in self._steps(prompts, max_new_tokens, **options):
-            for row, i in zip(new_ids, ids):
-                if i is not None:
-                    row.append(i)
+        for step in self._steps(prompts, max_new_tokens, **options):
+            for row, i in step.items():
+                new_ids[row].append(i)
         return new_ids
 
     def stream(self, prompt, max_new_tokens, **options):
         """The same for one prompt, but yielding each id as soon as it is known"""
-        for (i,) in self._steps([prompt], max_new_tokens, **options):
-            yield i
+        for step in self._steps([prompt], max_new_tokens, **options):
+            yield from step.values()
 
     @torch.no_grad()
-    def _steps(
-        self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None
-    ):
-        """Yield a list for each step: the next id of each row, or None where the row has ended; until all have."""
+    def _steps(self, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None):
+        """Yield {row: its next id} for each step, of the rows that have not ended"""
         limit, device = self.config.context_length, self.wte.weight.device
         texts = [[int(i) for i in prompt] for prompt in prompts]  # what the model has before it, row by row
         for row, text in enumerate(texts):
@@ -511,21 +500,16 @@ class GPT(nn.Module):
                 raise ValueError(f"prompt {row} has {len(text)} tokens; it must have 1 to {limit}")
             if not 0 <= min(text) <= max(text) < self.config.vocab_size:
                 raise ValueError(f"prompt {row} has an id outside the vocabulary of {self.config.vocab_size}")
-        if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError("sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
-
-        if not texts:
-            return
         modes = {module: module.training for module in self.modules()}  # each by itself: parts may be frozen in eval mode
         self.eval()
         try:
             rows, cache = list(range(len(texts))), None  # rows: those that go on
             for _ in range(max_new_tokens):
+                if not rows:
+                    return
                 lengths = torch.tensor([len(texts[row]) for row in rows], device=device)[:, None]  # (B, 1)
                 if cache is None:  # read whole texts, padded on the right, where nothing before the padding can see it
-                    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)
-                    for padded, row in zip(ids, rows):
-                        padded[: len(texts[row])] = torch.tensor(texts[row])
+                    ids = pad_sequence([torch.tensor(texts[row]) for row in rows], batch_first=True).to(device)
                     cache = self.empty_cache(len(rows), min(limit, ids.size(1) + max_new_tokens))
                     x = self.features(ids, cache)
                     logits = self.head(x[torch.arange(len(x), device=device), lengths[:, 0] - 1])  # of the last token of each
@@ -540,17 +524,12 @@ class GPT(nn.Module):
                 if len(kept) < len(rows):
                     rows, next_ids = [rows[n] for n in kept], [next_ids[n] for n in kept]
                     cache = [(keys[kept], values[kept]) for keys, values in cache]
-                if not rows:
-                    return
-                new_ids = [None] * len(texts)
                 for row, i in zip(rows, next_ids):
-                    new_ids[row] = i
                     texts[row].append(i)
-                yield new_ids
-                for row in rows:
-                    if len(texts[row]) > limit:
+                    if len(texts[row]) > limit:  # read what is kept of it anew
                         del texts[row][: -max(1, limit // 2)]
                         cache = None
+                yield dict(zip(rows, next_ids))
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -563,6 +542,8 @@ class GPT(nn.Module):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose one token for each row. (B, V) -> (B,)"""
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
     logits = logits.float()
     if temperature < 1e-6:  # so near to 0 that nothing but the likeliest could be drawn
         return logits.argmax(dim=-1)
@@ -591,30 +572,30 @@ def tour():
     print(f"A text          {sentence!r}")
     print(f"its tokens      {'|'.join(pieces)}")
     print(f"their ids       {ids}")
-    inputs, targets = TokenDataset(ids, context_length=len(ids) - 1)[0]
+    inputs, targets = (row[None] for row in TokenDataset(ids, context_length=len(ids) - 1)[0])  # a batch of one, (1, T)
     print(f"to learn        {', '.join(f'{a!r} -> {b!r}' for a, b in zip(pieces[:4], pieces[1:5]))} ...")
 
     config = GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64)
     model = GPT(config)
-    x = model.wte(inputs[None]) + model.wpe(torch.arange(len(inputs)))[None]
+    x = model.wte(inputs) + model.wpe(torch.arange(inputs.size(1)))
     weights = model.h[0].attn.weights(model.h[0].ln_1(x))
-    logits = model(inputs[None])
-    print(f"\nTo vectors      {list(inputs[None].shape)} -> {list(x.shape)} (B, T, C): what each token is + where it stands")
+    logits = model(inputs)
+    print(f"\nTo vectors      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): what each token is + where it stands")
     print(f"attention       {list(weights.shape)} (B, H, T, T): how much each token takes from each")
-    print(f"features        {list(model.features(inputs[None]).shape)} (B, T, C), after {config.n_layer} blocks")
+    print(f"features        {list(model.features(inputs).shape)} (B, T, C), after {config.n_layer} blocks")
     print(f"logits          {list(logits.shape)} (B, T, V): a score for every token of the vocabulary")
 
     def show_guesses():
-        probs = model(inputs[None])[0, -1].softmax(dim=-1)
-        best = ", ".join(f"{tokenizer.decode([int(i)])!r} {p:.1%}" for p, i in zip(*probs.topk(4)))
-        print(f"after {tokenizer.decode(inputs[-4:].tolist())!r} it expects {best}")
+        probs = model(inputs)[0, -1].softmax(dim=-1)
+        best = ", ".join(f"{tokenizer.decode([i])!r} {p:.1%}" for p, i in zip(*probs.topk(4)))
+        print(f"after {tokenizer.decode(inputs[0, -4:])!r} it expects {best}")
 
-    loss = model(inputs[None], targets[None])
+    loss = model(inputs, targets)
     print(f"\nUntrained       loss {loss:.2f}; a blind guess has ln V = {math.log(config.vocab_size):.2f}")
     show_guesses()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(50):
-        loss = model(inputs[None], targets[None])
+        loss = model(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -253,8 +253,9 @@ def check_status(url, response):
     reason = f"{code} {response.headers.get('X-Error-Message') or response.reason}"
     if code == 429 or code >= 500:
         asked = response.headers.get("Retry-After", "")
-        wait = int(asked) if asked.isdecimal() else 0
-        raise Unavailable(f"{url}: {reason}" + f", come back in {wait} s" * (wait > 0), wait)
+        if asked.isdecimal():
+            raise Unavailable(f"{url}: {reason}, come back in {asked} s", wait=int(asked))
+        raise Unavailable(f"{url}: {reason}")
     if code == 404:
         raise FileNotFoundError(errno.ENOENT, f"the server has no such file ({reason})", url)
     if code not in (200, 206, 416):  # 416: it has nothing from there on, so what is here cannot be right
@@ -297,9 +298,8 @@ def cached_snapshot(name, revision="main"):
         ref = repository / "refs" / revision
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
         folder = repository / "snapshots" / commit
-        if commit and any((folder / file).exists() for file in WEIGHTS):
+        if any((folder / file).exists() for file in WEIGHTS):
             return folder
-    return None
 
 
 def fetch_from_hub(name, revision):
@@ -307,23 +307,27 @@ def fetch_from_hub(name, revision):
     if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise ValueError(f"{name} is not a folder; names on the hub are {', '.join(HUB_NAMES)} and OWNER/NAME")
     owner_name, token, folder = HUB_NAMES.get(name, name), hf_token(), cached_snapshot(name, revision)
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + f"/{owner_name}/resolve"
+    repository = cached_repository(owner_name)
 
     def fetch_one_of(*files):
         """The first that is cached, or else the first that the repository has -> its name, or None"""
         for file in [file for file in files if (folder / file).exists()] or files:
             with contextlib.suppress(FileNotFoundError):
-                download(f"{endpoint}/{owner_name}/resolve/{folder.name}/{file}", folder / file, token)
+                download(f"{url}/{folder.name}/{file}", folder / file, token)
                 return file
 
     try:
         if folder is None:
-            with tempfile.TemporaryDirectory() as scratch:
-                url = f"{endpoint}/{owner_name}/resolve/{revision}/config.json"
-                commit = download(url, Path(scratch) / "config.json", token).get("X-Repo-Commit", "")
+            try:
+                with tempfile.TemporaryDirectory() as scratch:
+                    headers = download(f"{url}/{revision}/config.json", Path(scratch) / "config.json", token)
+            except (FileNotFoundError, ValueError) as error:
+                hint = "A private or gated repository needs HF_TOKEN"
+                raise ValueError(f"{name} is not a folder, and the hub refuses: {error}. {hint}") from None
+            commit = headers.get("X-Repo-Commit", "")
             commit = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
-            folder = cached_repository(owner_name) / "snapshots" / commit
-            ref = cached_repository(owner_name) / "refs" / revision
+            folder, ref = repository / "snapshots" / commit, repository / "refs" / revision
             ref.parent.mkdir(parents=True, exist_ok=True)
             part = ref.with_name(f"{ref.name}.{os.getpid()}.part")  # two processes may be here at once
             part.write_text(commit, encoding="utf-8")
@@ -337,14 +341,9 @@ def fetch_from_hub(name, revision):
             fetch_one_of("vocab.json")
     except Unavailable as error:
         raise ValueError(
-            f"{error}; and {cached_repository(owner_name)} does not hold it. "
+            f"{error}; and {repository} does not hold it. "
             "Try again later, give a folder instead of a name, or set HF_ENDPOINT to a mirror"
         ) from None
-    except (FileNotFoundError, ValueError) as error:
-        if folder is not None:
-            raise
-        hint = "A private or gated repository needs HF_TOKEN"
-        raise ValueError(f"{name} is not a folder, and the hub refuses: {error}. {hint}") from None
     return folder
 
 
@@ -486,23 +485,30 @@ def write_json(path, content):
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+# What config.json calls the sizes of a GPTConfig
+SIZES = {"n_positions": "context_length"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+
+# What transformers computes as config.json says, and gpt.py in this one way
+COMPUTED_HERE = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
 def hf_config(config, tokenizer, dtype):
     """A GPTConfig in Hugging Face's words"""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "bos_token_id": tokenizer.eot,
-        "eos_token_id": tokenizer.eot,
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
+        **COMPUTED_HERE,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -512,34 +518,16 @@ def read_config(path):
     given = read_json(path)
     if given.get("model_type") != "gpt2":
         raise ValueError(f'{path}: not a GPT-2 ("model_type" is not "gpt2")')
-    sizes = {
-        "vocab_size": given.get("vocab_size", 50257),
-        "context_length": given.get("n_positions", 1024),
-        "n_layer": given.get("n_layer", 12),
-        "n_head": given.get("n_head", 12),
-        "n_embd": given.get("n_embd", 768),
-    }
-    for key, value in sizes.items():
-        if type(value) is not int or not 0 < value < (1000 if key == "n_layer" else 2**24):
-            raise ValueError(f"{path}: {key}={value!r:.40} is no size")
-    computed_here = {
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-    }
-    for key, value in computed_here.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"{path}: {key}={given[key]!s:.40}, but this model is computed with {value} only")
-    if given.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise ValueError(f"{path}: n_inner={given['n_inner']!s:.40}, but this model is computed with 4 n_embd only")
     try:
-        return GPTConfig(**sizes)
+        config = GPTConfig(**{ours: given[theirs] for theirs, ours in SIZES.items() if theirs in given})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for key, value in COMPUTED_HERE.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{path}: {key}={given[key]!s:.40}, but this model is computed with {value} only")
+    if given.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner={given['n_inner']!s:.40}, but this model is computed with 4 n_embd only")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,15 +663,14 @@ def main():
 
     auto = torch.float32 if args.evaluate else fast_dtype(args.device)
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-    if args.evaluate:
-        text = args.evaluate.read_bytes()
-    else:
-        # The shell's own way: what a command writes ends with a line break that is not meant
-        text = sys.stdin.buffer.read().removesuffix(b"\n") if args.prompt == "-" else args.prompt.encode("utf-8")
-    try:
-        text = text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.evaluate or 'standard input'}: not a UTF-8 text ({error.reason})") from None
+    text = args.prompt
+    if args.evaluate or text == "-":
+        # Of the standard input, the last line break is not meant; so the shell, too, takes what a command writes
+        data = args.evaluate.read_bytes() if args.evaluate else sys.stdin.buffer.read().removesuffix(b"\n")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.evaluate or 'standard input'}: not a UTF-8 text ({error.reason})") from None
     model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
 
     if args.evaluate:
@@ -692,7 +679,7 @@ def main():
         say("", end="")
         print(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {len(ids) - 1:,} tokens "
-            f"(context {model.config.context_length}, stride {stride}, {args.dtype if args.dtype != 'auto' else 'float32'})"
+            f"(context {model.config.context_length}, stride {stride}, {str(dtype).removeprefix('torch.')})"
         )
         return
     generator = torch.Generator(args.device).manual_seed(args.seed)

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, default_collate
 
-from gpt import GPT, GPT2_CONFIGS, SMALL_CONFIGS, GPTConfig, TokenDataset, Tokenizer, complete_file, create_dataloader
+from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, complete_file, create_dataloader
 from load_gpt2 import (
     CommandLine,
     default_device,
@@ -579,6 +579,13 @@ def make_datasets(shards, context_length, eval_windows):
         ConcatDataset([TokenDataset(tokens, context_length) for tokens in training]),
         ConcatDataset([TokenDataset(tokens, context_length, stride) for tokens in validation]),
     )
+
+
+# Sizes that two CPU cores train in minutes; their vocabulary, of at most this size, is learned from the text
+SMALL_CONFIGS = {
+    "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),  # 4M
+    "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),  # 12M
+}
 
 
 def parse_arguments():

@@ -107,7 +107,7 @@ def test_the_same_text_at_ten_paddings_and_in_any_batch():
 def test_classification_rows_and_their_batch():
     tokenizer = Tokenizer([])
     dataset = ClassificationDataset([("abc", "x"), ("defgh", "y"), ("ijklmn", "x")], tokenizer, ["x", "y"], 5)
-    assert dataset.n_cut == 1 and dataset.lengths == [3, 5, 5]
+    assert dataset.n_cut == 1 and [len(ids) for ids, _ in dataset] == [3, 5, 5]
     ids, lengths, labels = collate_texts([dataset[i] for i in range(3)])
     assert [tokenizer.decode(row[:n].tolist()) for row, n in zip(ids, lengths)] == ["abc", "defgh", "ijklm"]
     assert ids.shape == (3, 5) and labels.tolist() == [0, 1, 0] and labels.dtype == ids.dtype == torch.int64
@@ -143,7 +143,7 @@ def test_masks_written_out(monkeypatch):
     (a, b, c, d, e, f), eot = tokenizer.encode("abcdef"), tokenizer.eot
     entries = [{"instruction": "abc", "output": "de"}, {"instruction": "f", "output": "a"}]
     dataset = InstructionDataset(entries, tokenizer, 16)
-    assert dataset.lengths == [5, 2]
+    assert [len(ids) for ids, _ in dataset] == [5, 2]
     ids, targets = collate_instructions([dataset[0], dataset[1]])
     assert ids[0].tolist() == [a, b, c, d, e] and ids[1, :2].tolist() == [f, a]
     assert targets.tolist() == [[-100, -100, d, e, eot], [a, eot, -100, -100, -100]]
@@ -596,7 +596,7 @@ def test_judge(monkeypatch, capsys, tmp_path):
     code, output, error = run(monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url + "/v1/", "--model", "m")
     server.shutdown()
     assert code == 0 and f"response: mean {210.5 / 3:.1f} of 3 scores" in output and "base_response: mean 43.3 of 3" in output
-    assert "1 replies were no number" in error
+    assert "of 3 scores, 4 asked for" in output
     path, body = asked[0]
     assert path == "/v1/chat/completions" and body["model"] == "m" and body["temperature"] == 0
     assert all(text in body["messages"][0]["content"] for text in ("Say hello.", "Hello.", "Hi 0."))

@@ -43,6 +43,7 @@ from load_gpt2 import (
     hf_config,
     load_gpt2,
     one_line_errors,
+    print_line,
     put_weights,
     read_config,
     read_json,
@@ -51,6 +52,7 @@ from load_gpt2 import (
     read_weights,
     save_folder,
     save_gpt2,
+    show_progress,
     usable_device,
     write_json,
     write_safetensors,
@@ -60,11 +62,9 @@ from train import (
     TrainConfig,
     find_files,
     plot_losses,
-    print_line,
     read_checkpoint,
     read_losses,
     refuse_to_replace,
-    show_progress,
     sole_run,
     train,
 )
@@ -525,8 +525,7 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
     like_lengths = {"lengths": [len(ids) for ids, _ in training], "group_size": args.batch_size}
     train_loader = create_dataloader(training, batch_size, shuffle=True, seed=args.seed, collate_fn=collate_fn, **like_lengths)
     val_loader = measuring_loader(validation, batch_size, collate_fn)
-    old_files = ["resume.pt", "responses.json", "losses.csv", "losses.png", "accuracies.png"]
-    old_files += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    old_files = ["responses.json", "accuracies.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
     def save_best():
         save(merge_lora(copy.deepcopy(model)) if args.lora_rank else model)
@@ -592,8 +591,7 @@ def classify(args, checkpoint):
     if checkpoint is None:
         print_scores("before", [logits_and_labels(model, loader) for loader in loaders])
     finetune(model, *datasets[:2], collate_texts, args, checkpoint, save=save, report=report)
-    curves = [("train_accuracy", "training", {"marker": "."}), ("val_accuracy", "validation", {"marker": "."})]
-    plot_losses(read_losses(args.out / "losses.csv"), args.out / "accuracies.png", curves, "accuracy")
+    plot_losses(read_losses(args.out / "losses.csv"), args.out / "accuracies.png", ("train_accuracy", "val_accuracy"))
 
     best = load_classifier(args.out)[0].to(args.device)
     scores = [logits_and_labels(best, loader) for loader in loaders]
@@ -667,7 +665,6 @@ def instruct(args, checkpoint):
         entry = validation.entries[0]
         (response,) = answer(model, tokenizer, [entry], args.max_new_tokens)
         print(textwrap.indent(f"{entry['instruction']} {entry['input']}\n-> {response}", "    "), end="\n\n", flush=True)
-        return {}
 
     finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, report=sample)
 

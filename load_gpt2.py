@@ -162,7 +162,7 @@ def download(url, path, token=""):
                 if not waits or error.wait > LONGEST_WAIT:
                     raise
                 wait = max(waits.pop(0), error.wait)
-                say(f"{error}; trying again in {wait} s")
+                print_line(f"{error}; trying again in {wait} s", sys.stderr)
                 time.sleep(wait)
     return answer
 
@@ -221,11 +221,11 @@ def fetch_rest(url, token, part, answer):
             for block in response.iter_content(2**16):
                 part.write(block)
                 done, now = done + len(block), time.monotonic()
-                if sys.stderr.isatty() and now - shown > 0.2:
+                if now - shown > 0.2:
                     shown, speed = now, (done - start) / (now - began)
                     left = timedelta(seconds=round((size - done) / speed)) if size else "?"
                     of = f" of {size / 1e6:.0f}" if size else ""
-                    say(f"{name}: {done / 1e6:.0f}{of} MB, {speed / 1e6:.1f} MB/s, {left} left", end="")
+                    show_progress(f"{name}: {done / 1e6:.0f}{of} MB, {speed / 1e6:.1f} MB/s, {left} left")
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Unavailable(f"{url}: {getattr(error.args[0], 'reason', error) if error.args else error}") from None
     finally:
@@ -245,7 +245,7 @@ def fetch_rest(url, token, part, answer):
             message = f"{url}: the SHA-256 of what came is {digest.hexdigest()}, not {sha256[1]}"
             raise Unavailable(message) if start else ValueError(message)  # only pieces may have been of two files
     if done > 1e6:
-        say(f"{name}: {done / 1e6:.0f} MB in {timedelta(seconds=round(time.monotonic() - began))}")
+        print_line(f"{name}: {done / 1e6:.0f} MB in {timedelta(seconds=round(time.monotonic() - began))}", sys.stderr)
 
 
 def check_status(url, response):
@@ -262,9 +262,16 @@ def check_status(url, response):
         raise ValueError(f"{url}: {reason}")
 
 
-def say(line, end="\n"):
-    """On standard error, over the line that shows the progress"""
-    print(("\r\x1b[K" if sys.stderr.isatty() else "") + line, end=end, file=sys.stderr, flush=True)
+def show_progress(line):
+    """On a terminal, over the line before; on standard error, so that it never gets into a file"""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def print_line(line, file=None):
+    """In place of the progress, to stay; `file` as in print"""
+    show_progress("")
+    print(line, file=file, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,8 +617,7 @@ def evaluate_text(model, ids, stride):
         logits = model(window[None, :-1])[0, -n:]  # (n, V)
         total += F.cross_entropy(logits.float(), window[-n:], reduction="sum").item()
         done += n
-        if sys.stderr.isatty():
-            say(f"{done:,} of {len(ids) - 1:,} tokens, loss {total / done:.4f}", end="")
+        show_progress(f"{done:,} of {len(ids) - 1:,} tokens, loss {total / done:.4f}")
         if done == len(ids) - 1:
             return total / done
 
@@ -676,7 +682,7 @@ def main():
     if args.evaluate:
         ids, stride = tokenizer.encode(text), model.config.context_length if args.stride is None else args.stride
         loss = evaluate_text(model, ids, stride)
-        say("", end="")
+        show_progress("")
         print(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {len(ids) - 1:,} tokens "
             f"(context {model.config.context_length}, stride {stride}, {str(dtype).removeprefix('torch.')})"

@@ -11,15 +11,12 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import errno
 import glob
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import struct
@@ -46,10 +43,38 @@ from load_gpt2 import (
     fcntl,
     load_gpt2,
     one_line_errors,
+    print_line,
     read_config,
     save_gpt2,
+    show_progress,
     usable_device,
 )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts them and says through the environment who is who; one process alone is rank 0 of 1
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(device):
+    """Join the processes that torchrun started -> the device of this one"""
+    if WORLD_SIZE == 1:
+        return torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # The others wait while rank 0 tokenizes, which may take hours
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+    return torch.device(device)
+
+
+def sum_over_processes(numbers, device):
+    if WORLD_SIZE == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop. It knows nothing of language: a batch is the tuple of the model's arguments, targets last, with -100 for what
@@ -113,29 +138,27 @@ def create_optimizers(model, config):
     return optimizers
 
 
-def train(model, train_loader, val_loader, config, out, *, save, report=lambda: {}, settings=None, checkpoint=None):
+def train(model, train_loader, val_loader, config, out, *, save, report=lambda: None, settings=None, checkpoint=None):
     """
     Train `model`, on the device where it is, from `train_loader`: one made with shuffle=True, its batches are micro-batches.
 
-    Every eval_every steps: the loss over all of `val_loader`; `save()` where it is the lowest so far; `report()`, which may show
-    something and returns {name: number} of more columns for losses.csv; out/losses.csv and out/resume.pt. Every step depends on
-    the state, the seed and its own number alone, so a run that goes on from a `checkpoint` (what torch.load reads from resume.pt)
-    repeats to the last bit what it would have done. `settings` go into resume.pt for whoever resumes. Ctrl-C and SIGTERM end the
-    run after the current step, with its state saved.
+    Every eval_every steps: the loss over `val_loader`; `save()` where it is the lowest so far; `report()`, which may show
+    something and return {name: number}, more columns for losses.csv; then out/losses.csv and out/resume.pt, with `settings`.
+    A step depends on the state, the seed and its own number alone: a run that goes on from a `checkpoint` (see read_checkpoint)
+    repeats to the last bit what it would have done. Ctrl-C and SIGTERM end it after the current step, with its state saved.
 
     Returns the number of the signal that stopped it, or None. Raises FloatingPointError at a loss that is not finite.
     """
     device = next(model.parameters()).device
-    rank, world_size = process_rank(), process_count()
     batch_sampler = train_loader.batch_sampler
-    micro_batches = config.batch_size // batch_sampler.batch_size  # in a step, over all processes
-    if config.batch_size != micro_batches * batch_sampler.batch_size or micro_batches % world_size or not micro_batches:
+    if config.batch_size % (batch_sampler.batch_size * WORLD_SIZE):
         raise ValueError(
             f"a batch of {config.batch_size} rows does not divide into micro-batches of {batch_sampler.batch_size} "
-            f"for {world_size} process(es)"
+            f"for {WORLD_SIZE} process(es)"
         )
+    micro_batches = config.batch_size // batch_sampler.batch_size  # in a step, over all processes
     optimizers = create_optimizers(model, config)
-    step, best_loss, history = 0, math.inf, []  # history: the rows of losses.csv
+    step, best_loss, history = 0, math.inf, [{"step": 0}]  # history: the rows of losses.csv
     if checkpoint is not None:
         try:
             model.load_state_dict(checkpoint["model"])
@@ -144,53 +167,55 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{out / 'resume.pt'}: does not fit the model of {out / 'config.json'} ({error!s:.100})") from None
         step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], checkpoint["history"]
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     keep_freed_memory()
+    batch_sampler.start, batch_sampler.step = step * micro_batches + RANK, WORLD_SIZE
+    batches = iter(train_loader)
+    step_batches = list(itertools.islice(batches, micro_batches // WORLD_SIZE))
 
     def save_state():
         write_losses(out / "losses.csv", history)
-        state = {"step": step, "best_loss": best_loss, "history": history, "settings": settings}
+        state = {"step": step, "best_loss": best_loss, "history": history, "settings": settings or {}}
         state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         with complete_file(out / "resume.pt") as part:
             try:
                 torch.save(state, part)
             except RuntimeError as error:  # so torch says that the disk is full
-                raise OSError(errno.EIO, f"cannot be written ({error!s:.60}); is the disk full?", str(part)) from None
+                raise OSError(f"{part}: cannot be written ({error!s:.60}); is the disk full?") from None
 
-    def measure_and_save():
-        """Validate; keep the weights if they are the best so far, and the state; show how it goes."""
-        nonlocal best_loss
-        val_loss = evaluate(model, val_loader, autocast)
-        if not math.isfinite(val_loss):
-            raise FloatingPointError(f"the validation loss is {val_loss} at step {step}; {out} keeps the last good state")
-        if rank == 0:
-            history[-1]["val_loss"] = val_loss
-            if val_loss < best_loss:
-                best_loss = val_loss
-                save()
-            print_line(f"{progress} | val {val_loss:.4f}")
-            history[-1] |= report()
-            save_state()
-
-    progress = f"step {step:5d}/{config.steps}"
+    progress, stops = f"step {step:5d}/{config.steps}", 0
+    first_step, start, tokens = step, time.perf_counter(), 0  # since the last validation
     with catch_signals() as caught:
-        if checkpoint is None:
-            history.append({"step": 0})
-            measure_and_save()
-        batch_sampler.start, batch_sampler.step = step * micro_batches + rank, world_size
-        batches = iter(train_loader)
-        step_batches = list(itertools.islice(batches, micro_batches // world_size))
-        first_step, first_time = step, time.perf_counter()
-        tokens, seconds = 0, 0.0  # since the last measure_and_save
-        while step < config.steps:
-            step_time = time.perf_counter()
+        while True:
+            is_due = step % config.eval_every == 0 or step == config.steps
+            if is_due and "val_loss" not in history[-1]:  # a run that goes on has it from before
+                val_loss = evaluate(model, val_loader, autocast)
+                if not math.isfinite(val_loss):
+                    raise FloatingPointError(f"validation loss {val_loss} at step {step}; {out} keeps the last good state")
+                if RANK == 0:
+                    history[-1]["val_loss"] = val_loss
+                    if val_loss < best_loss:
+                        best_loss = val_loss
+                        save()
+                    if step == 0:  # what an earlier run has left here is not of these weights
+                        for name in ("resume.pt", "losses.csv", "losses.png"):
+                            (out / name).unlink(missing_ok=True)
+                    print_line(f"{progress} | val {val_loss:.4f}")
+                    history[-1] |= report() or {}
+                    save_state()
+                first_step, start, tokens = step, time.perf_counter(), 0
+            elif stops and RANK == 0:
+                save_state()
+            if stops or step >= config.steps:
+                break
+
             lr = scheduled_learning_rate(step, config)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
-            step_batches = list(itertools.islice(batches, micro_batches // world_size))  # of the next step, while a GPU works
+            step_batches = list(itertools.islice(batches, micro_batches // WORLD_SIZE))  # of the next step, while a GPU works
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
             train_loss, stops = sum_over_processes([loss.item(), len(caught)], device)
             if not math.isfinite(train_loss + norm):
@@ -204,22 +229,12 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             step += 1
             history.append({"step": step, "learning_rate": lr, "train_loss": train_loss})
 
-            tokens, seconds = tokens + step_tokens, seconds + time.perf_counter() - step_time
-            left = (time.perf_counter() - first_time) / (step - first_step) * (config.steps - step)
-            progress = (
-                f"step {step:5d}/{config.steps} | loss {train_loss:.4f} | {tokens / seconds:,.0f} tokens/s | "
-                f"{timedelta(seconds=round(left))} left"
-            )
-            if rank == 0:
+            tokens, seconds = tokens + step_tokens, time.perf_counter() - start
+            left = timedelta(seconds=round(seconds / (step - first_step) * (config.steps - step)))
+            progress = f"step {step:5d}/{config.steps} | loss {train_loss:.4f} | {tokens / seconds:,.0f} tokens/s | {left} left"
+            if RANK == 0:
                 show_progress(progress)
-            if step % config.eval_every == 0 or step == config.steps:
-                measure_and_save()
-                tokens, seconds = 0, 0.0
-            elif stops and rank == 0:
-                save_state()
-            if stops:
-                break
-        if rank == 0:
+        if RANK == 0:
             plot_losses(history, out / "losses.png")
     return (caught or [signal.SIGTERM])[0] if step < config.steps else None  # the signal may have gone to another process
 
@@ -230,19 +245,18 @@ def backward(model, batches, autocast, seed):
     Returns this process's part of that mean, a tensor, and the number of tokens that all of them have read.
     """
     device = next(model.parameters()).device
-    rank, world_size = process_rank(), process_count()
     n_targets = [int((batch[-1] != -100).sum()) for batch in batches]
     n_tokens = sum(batch[0].numel() for batch in batches)
     all_targets, all_tokens = sum_over_processes([sum(n_targets), n_tokens], device)
     loss_sum = torch.zeros((), device=device)
     for i, (batch, n) in enumerate(zip(batches, n_targets)):
         # What dropout drops follows from the number of the batch, whichever process has it
-        torch.manual_seed(hash((*seed, i * world_size + rank)))
+        torch.manual_seed(hash((*seed, i * WORLD_SIZE + RANK)))
         is_last = i == len(batches) - 1
-        with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():  # DDP adds up over processes once
+        with contextlib.nullcontext() if is_last or WORLD_SIZE == 1 else model.no_sync():  # DDP adds up over processes once
             with autocast:
                 loss = model(*(x.to(device, non_blocking=True) for x in batch))
-            (loss * (n * world_size / all_targets)).backward()  # DDP will divide by world_size
+            (loss * (n * WORLD_SIZE / all_targets)).backward()  # DDP will divide by WORLD_SIZE
         loss_sum += loss.detach() * n
     return loss_sum / all_targets, all_tokens
 
@@ -250,12 +264,11 @@ def backward(model, batches, autocast, seed):
 @torch.no_grad()
 def evaluate(model, loader, autocast):
     """The mean loss over all targets of all batches, each process taking its share of the batches"""
-    rank, world_size = process_rank(), process_count()
     device = next(model.parameters()).device
     loss_sum, n_targets = 0.0, 0
     model.eval()
     for i, batch in enumerate(loader):
-        if i % world_size == rank:
+        if i % WORLD_SIZE == RANK:
             n = int((batch[-1] != -100).sum())
             with autocast:
                 loss_sum += model(*(x.to(device, non_blocking=True) for x in batch)).item() * n
@@ -295,61 +308,7 @@ def keep_freed_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes: torchrun starts them and says through the environment who is who; one process alone is rank 0 of 1
-
-
-def start_processes(device):
-    """Join the processes that torchrun started -> the device of this one"""
-    if "RANK" not in os.environ:
-        return torch.device(device)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # The others wait while rank 0 tokenizes, which may take hours
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
-    return torch.device(device)
-
-
-def process_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def process_count():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def rank_0_first():
-    """Rank 0 does the work in this block while the others wait; then they find it done"""
-    if process_rank() != 0:
-        dist.barrier()
-    yield
-    if process_rank() == 0 and dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_processes(numbers, device):
-    if process_count() == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
-
-
-def show_progress(line):
-    """On a terminal, over the line before"""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end="", flush=True)
-
-
-def print_line(line):
-    """In place of the progress, to stay"""
-    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-    print(clear + line, flush=True)
 
 
 @contextlib.contextmanager
@@ -357,19 +316,16 @@ def sole_run(out):
     """Make the folder `out` and hold it: the files of two runs at once would mix. Leave none behind if nothing came of it."""
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY) if fcntl else None  # Windows has no such locks
     try:
-        if fcntl is None:
-            yield
-            return
-        folder = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise ValueError(f"{out}: another run is at work in this folder") from None
-        finally:
-            os.close(folder)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run is at work in this folder") from None
     finally:
+        if fcntl:
+            os.close(lock)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where it is empty
@@ -377,7 +333,7 @@ def sole_run(out):
 
 def refuse_to_replace(out):
     if any((out / name).exists() for name in ("resume.pt", "config.json")):
-        raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME leaves it alone")
+        raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME keeps it")
 
 
 def write_losses(path, rows):
@@ -400,28 +356,25 @@ def read_checkpoint(folder):
         raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"step", "best_loss", "history", "model", "optimizers"} - checkpoint.keys() or not isinstance(checkpoint["settings"], dict):
+        if checkpoint.keys() != {"step", "best_loss", "history", "settings", "model", "optimizers"}:
             raise ValueError("not the state of a run")
         return checkpoint
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch takes damaged bytes for what they seem to be, and so it may fail in any way
         raise ValueError(f"{path}: damaged ({error!r:.100})") from None
 
 
-LOSS_CURVES = [("train_loss", "training batch", {"alpha": 0.4}), ("val_loss", "validation", {"marker": "."})]
-
-
-def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
-    if importlib.util.find_spec("matplotlib") is None:
+def plot_losses(rows, path, names=("train_loss", "val_loss")):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
         print(f"no {path.name}: `pip install matplotlib` draws it")
         return
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label, style in curves:
+    for name in names:
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name, "") != ""]
-        axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel=unit)
+        axes.plot(*zip(*points), label=name.replace("_", " "), alpha=0.7)
+    axes.set(xlabel="step")
     axes.legend()
     with complete_file(path) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -429,11 +382,11 @@ def plot_losses(rows, path, curves=LOSS_CURVES, unit="loss (nats)"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pretraining: texts to tokens, tokens to windows. Token files are llm.c's: 256 int32 (magic, version, number of tokens, and
-# from the fourth on whatever one likes: here a fingerprint of what the tokens were made from), then the ids as uint16.
+# from the fourth on whatever one likes: here how far tokenizing has come), then the ids as uint16.
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+HEADER = struct.Struct("<3i 4x 2q")  # magic, version, tokens up to 2^31 - 1, chunks of text, tokens
 CHUNKS_AT_ONCE = 32  # in memory, of a million characters each: enough to keep many cores busy
-HEADER = struct.Struct("<3i 32s 2q")  # magic, version, tokens up to 2^31 - 1, fingerprint, chunks of text, tokens
 
 
 def find_files(names, folder):
@@ -467,7 +420,7 @@ def read_chunks(path, n_characters=2**20):
         with open(path, encoding="utf-8-sig") as file:
             while chunk := file.read(n_characters):
                 chunk = rest + chunk
-                last_word = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(chunk)
+                last_word = re.match(r".*\S(?=[ \n])", chunk, re.DOTALL)
                 end = last_word.end() if last_word else len(chunk)
                 yield chunk[:end]
                 rest = chunk[end:]
@@ -478,9 +431,9 @@ def read_chunks(path, n_characters=2**20):
 
 
 def data_fingerprint(paths, tokenizer):
-    """32 bytes that change when a file or the vocabulary does"""
+    """A name that changes when a file or the vocabulary does"""
     sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    return hashlib.sha256(json.dumps([sources, tokenizer.vocab]).encode()).digest()
+    return hashlib.sha256(json.dumps([sources, tokenizer.vocab]).encode()).hexdigest()
 
 
 def tokenize(paths, tokenizer, bin_path):
@@ -488,48 +441,37 @@ def tokenize(paths, tokenizer, bin_path):
     Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already. What an
     earlier process left unfinished goes on from where it stopped.
     """
-    fingerprint = data_fingerprint(paths, tokenizer)
-    part = bin_path.with_name(bin_path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     if bin_path.exists():
-        magic, _, _, known, _, _ = read_header(bin_path)
-        if known == fingerprint:
-            return
-        if magic != MAGIC or known == bytes(32):
-            raise ValueError(f"{bin_path}: would be replaced by the tokens of the text, but is something else; choose another --out")
+        return
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer.vocab_size:,} tokens do not fit the 16 bits of a token file")
 
-    def encode(text):  # None: the end of a text
-        ids = [tokenizer.eot] if text is None else tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
+    def encode(text):
+        ids = tokenizer.encoding.encode_to_numpy(text, disallowed_special=()) if text else [tokenizer.eot]
         return np.asarray(ids).astype("<u2").tobytes()
 
     def n_bytes(texts):
-        return sum(len(text.encode()) for text in texts if text is not None)
+        return sum(len(text.encode()) for text in texts)
 
-    chunks = (text for path in paths for text in itertools.chain(read_chunks(path), [None]))
+    chunks = (text for path in paths for text in itertools.chain(read_chunks(path), [""]))  # "": the end of a text
+    part = bin_path.with_name(bin_path.name + ".part")
     part.touch()
     try:
         with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            *_, known, n_chunks, n_tokens = read_header(part)
-            if known != fingerprint:
-                n_chunks = n_tokens = 0
-                file.truncate(0)
-            size, skipped = sum(path.stat().st_size for path in paths), n_bytes(itertools.islice(chunks, n_chunks))
-            done, start = skipped, time.perf_counter()
+            *_, n_chunks, n_tokens = read_header(part)
+            size, done = sum(path.stat().st_size for path in paths), n_bytes(itertools.islice(chunks, n_chunks))
+            skipped, start = done, time.perf_counter()
             file.seek(HEADER_BYTES + 2 * n_tokens)
             while group := list(itertools.islice(chunks, CHUNKS_AT_ONCE)):
-                for ids in pool.map(encode, group):
-                    file.write(ids)
+                file.writelines(pool.map(encode, group))
                 end = file.tell()
                 n_chunks, n_tokens, done = n_chunks + len(group), (end - HEADER_BYTES) // 2, done + n_bytes(group)
                 file.seek(0)  # what has been written counts once the header says so
-                file.write(HEADER.pack(MAGIC, VERSION, min(n_tokens, 2**31 - 1), fingerprint, n_chunks, n_tokens))
+                file.write(HEADER.pack(MAGIC, VERSION, min(n_tokens, 2**31 - 1), n_chunks, n_tokens))
                 file.flush()
                 file.seek(end)
-                rate = (done - skipped + 1) / (time.perf_counter() - start)
-                left = timedelta(seconds=round((size - done) / rate))
-                show_progress(f"tokenizing: {done / size:.0%}, {rate / 1e6:.0f} MB/s, {left} left")
+                left = (size - done) * (time.perf_counter() - start) / (done - skipped + 1)
+                show_progress(f"tokenizing: {done / size:.0%}, {timedelta(seconds=round(left))} left")
             file.truncate()
     except ValueError:  # the text itself is wrong
         part.unlink()
@@ -554,11 +496,6 @@ def read_tokens(path):
     if offset and (version != VERSION or n_tokens != min(len(tokens), 2**31 - 1)):
         raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {n_tokens:,} (version {version})")
     return tokens
-
-
-def first_million(paths):
-    """A million characters, an equal share from each text: enough to learn a vocabulary from in seconds"""
-    return "".join(next(read_chunks(path, 1_000_000 // len(paths) + 1), "") for path in paths)
 
 
 def make_datasets(shards, context_length, eval_windows):
@@ -586,6 +523,9 @@ SMALL_CONFIGS = {
     "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),  # 4M
     "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),  # 12M
 }
+
+# What belongs to one start of the program, not to the run
+NOT_SETTINGS = ("out", "overwrite", "resume", "device", "compile")
 
 
 def parse_arguments():
@@ -615,7 +555,7 @@ def parse_arguments():
                 parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
         checkpoint = read_checkpoint(args.resume)
         if "command" in checkpoint["settings"]:
-            parser.error(f"{args.resume} is a run of finetune.py: python finetune.py {checkpoint['settings']['command']} --resume")
+            parser.error(f"this is a run of finetune.py: python finetune.py {checkpoint['settings']['command']} --resume")
         parser.set_defaults(**checkpoint["settings"])
         args = parser.parse_args()
         args.out = args.resume
@@ -628,10 +568,6 @@ def parse_arguments():
     return args, checkpoint
 
 
-# What belongs to one start of the program, not to the run
-NOT_SETTINGS = ("out", "overwrite", "resume", "device", "compile")
-
-
 def main():
     args, checkpoint = parse_arguments()
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
@@ -640,113 +576,111 @@ def main():
     if checkpoint is None and not args.overwrite:
         refuse_to_replace(out)
     device = start_processes(args.device)
-    with sole_run(out) if process_rank() == 0 else contextlib.nullcontext():
+    with sole_run(out) if RANK == 0 else contextlib.nullcontext():
         stopped_by = pretrain(args, config, checkpoint, out, device)
-    if process_rank() == 0:
+    if RANK == 0:
         if stopped_by:
             print(f"stopped; go on with: python train.py --resume {out}")
         else:
             print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "The old man"')
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if stopped_by:
         sys.exit(128 + stopped_by)
 
 
-def pretrain(args, config, checkpoint, out, device):
-    """What the command line asks for, made ready for `train`"""
-    # The vocabulary, and the model on it: those of the run to be resumed, of --init, or new ones
-    with rank_0_first():
-        files = find_files(args.bin or args.text, out.parent)
+def starting_model(args, files, out, checkpoint):
+    """The model and its tokenizer: of the run to be resumed, of --init, or new ones. Fills in what `args` leave open."""
     weights = None
     if checkpoint is not None:
-        gpt_config, tokenizer = read_config(out / "config.json"), Tokenizer.load(out)
+        config, tokenizer = read_config(out / "config.json"), Tokenizer.load(out)
     elif args.init:
-        with rank_0_first():
-            loaded, tokenizer = load_gpt2(args.init)
-        gpt_config, weights = loaded.config, loaded.state_dict()
-        if args.vocab_size not in (None, gpt_config.vocab_size):
-            raise ValueError(f"--vocab-size {args.vocab_size} does not fit {args.init}, which has {gpt_config.vocab_size}")
+        loaded, tokenizer = load_gpt2(args.init)
+        config, weights = loaded.config, loaded.state_dict()
+        if args.vocab_size not in (None, config.vocab_size):
+            raise ValueError(f"--vocab-size {args.vocab_size} does not fit {args.init}, which has {config.vocab_size}")
     else:
-        gpt_config = (SMALL_CONFIGS | GPT2_CONFIGS)[args.model]
-        vocab_size = gpt_config.vocab_size if args.vocab_size is None else args.vocab_size
+        config = (SMALL_CONFIGS | GPT2_CONFIGS)[args.model]
+        vocab_size = config.vocab_size if args.vocab_size is None else args.vocab_size
         if args.bin or vocab_size == GPTConfig.vocab_size:
             tokenizer = Tokenizer.gpt2()
-        else:
-            tokenizer = Tokenizer.train(first_million(files), vocab_size)
-        gpt_config = replace(gpt_config, vocab_size=tokenizer.vocab_size)
-        if args.context_length is not None:
-            gpt_config = replace(gpt_config, context_length=args.context_length)
-    context_length = gpt_config.context_length if args.context_length is None else args.context_length
-    if context_length > gpt_config.context_length:
-        raise ValueError(f"--context-length {context_length} is more than the {gpt_config.context_length} of {args.init or out}")
-    gpt_config = replace(gpt_config, dropout=gpt_config.dropout if args.dropout is None else args.dropout)
-    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-    if len(prompt) > gpt_config.context_length:
-        raise ValueError(f"--prompt has {len(prompt)} tokens, more than the context of {gpt_config.context_length}")
+        else:  # a million characters, an equal share of each text, teach it in seconds
+            beginnings = (next(read_chunks(path, 1_000_000 // len(files) + 1), "") for path in files)
+            tokenizer = Tokenizer.train("".join(beginnings), vocab_size)
+        context_length = config.context_length if args.context_length is None else args.context_length
+        config = replace(config, vocab_size=tokenizer.vocab_size, context_length=context_length)
+    if args.context_length is None:
+        args.context_length = config.context_length
+    if args.dropout is None:
+        args.dropout = config.dropout
+    if args.context_length > config.context_length:
+        raise ValueError(
+            f"--context-length {args.context_length} is more than the {config.context_length} of {args.init or out}"
+        )
     torch.manual_seed(args.seed)
-    model = GPT(gpt_config)
+    model = GPT(replace(config, dropout=args.dropout))
     if weights is not None:
         model.load_state_dict(weights)
+    return model, tokenizer
+
+
+def pretrain(args, config, checkpoint, out, device):
+    """What the command line asks for, made ready for `train`"""
+    files = find_files(args.bin or args.text, out.parent)
+    model, tokenizer = starting_model(args, files, out, checkpoint)
     model.to(device)
     if args.compile:
         model.compile()  # in place, so the weights keep their names
+    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
+    if len(prompt) > model.config.context_length:
+        raise ValueError(f"--prompt has {len(prompt)} tokens, more than the context of {model.config.context_length}")
 
-    # The data
-    fingerprint = data_fingerprint(files, tokenizer).hex()
-    if checkpoint is not None and checkpoint["settings"]["data"] != fingerprint:
+    fingerprint = data_fingerprint(files, tokenizer)
+    if checkpoint is not None and checkpoint["settings"].get("data") != fingerprint:
         raise ValueError(f"the text of {out} is not what it was when the run began; a new run can go on from it: --init {out}")
     if args.bin:
         shards = [(path.name, read_tokens(path)) for path in files]
     else:
-        bin_path = out.parent / f"{out.name}.bin"
-        with rank_0_first():
+        bin_path = out.with_name(f"{out.name}-{fingerprint[:8]}.bin")
+        if RANK == 0:
             tokenize(files, tokenizer, bin_path)
+        if WORLD_SIZE > 1:
+            dist.barrier()  # until it is there
         shards = [("text", read_tokens(bin_path))]
-    training, validation = make_datasets(shards, context_length, args.eval_windows)
-    micro_batch_size = args.micro_batch_size or max(1, args.batch_size // process_count())
+    training, validation = make_datasets(shards, args.context_length, args.eval_windows)
+    micro_batch_size = args.micro_batch_size or max(1, args.batch_size // WORLD_SIZE)
     if not args.micro_batch_size and device.type == "cpu":
-        while micro_batch_size % 2 == 0 and micro_batch_size * context_length > 2048:
+        while micro_batch_size % 2 == 0 and micro_batch_size * args.context_length > 2048:
             micro_batch_size //= 2  # more tokens at once take more memory, but on a CPU no less time
 
     def collate(windows):
         inputs, targets = default_collate(windows)
-        if max(inputs.max(), targets.max()) >= gpt_config.vocab_size:
-            raise ValueError(f"token id {max(inputs.max(), targets.max())} does not fit a vocabulary of {gpt_config.vocab_size}")
+        highest = max(inputs.max(), targets.max())
+        if highest >= model.config.vocab_size:
+            raise ValueError(f"token id {highest} does not fit a vocabulary of {model.config.vocab_size}")
         return inputs, targets
 
     train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed, collate_fn=collate)
     val_loader = create_dataloader(validation, micro_batch_size, collate_fn=collate)
 
-    old_files = [out / name for name in ("resume.pt", "losses.csv", "losses.png")] if args.overwrite else []
-
-    def save():
-        save_gpt2(model, tokenizer, out)
-        while old_files:  # only now there is something in their place
-            old_files.pop().unlink(missing_ok=True)
-
     def sample():
         generator = torch.Generator(device).manual_seed(args.seed)
-        (ids,) = model.generate(
-            [prompt], max_new_tokens=100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator
-        )
-        text = (args.prompt + tokenizer.decode(ids)).strip()
-        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
-        return {}
+        ids = model.stream(prompt, 100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator)
+        print(textwrap.indent((args.prompt + tokenizer.decode(ids)).strip(), "    "), end="\n\n", flush=True)
 
     # What the run needs to be resumed anywhere on this machine, spelled out
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"bin" if args.bin else "text": [str(path.resolve()) for path in files]}
-    settings |= {"dropout": gpt_config.dropout, "data": fingerprint}
-    if process_rank() == 0:
+    settings |= {"bin" if args.bin else "text": [str(path.resolve()) for path in files], "data": fingerprint}
+    if RANK == 0:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"{n_parameters / 1e6:.1f}M parameters, {len(training):,} windows of {context_length} tokens, "
+            f"{n_parameters / 1e6:.1f}M parameters, {len(training):,} windows of {args.context_length} tokens, "
             f"{len(validation)} for validation; {device}"
         )
     return train(
-        model, train_loader, val_loader, config, out, save=save, report=sample, settings=settings, checkpoint=checkpoint
-    )
+        model, train_loader, val_loader, config, out, settings=settings, checkpoint=checkpoint, report=sample,
+        save=lambda: save_gpt2(model, tokenizer, out),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

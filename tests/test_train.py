@@ -18,7 +18,7 @@ import train as train_py
 from conftest import run_main
 from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
 from load_gpt2 import load_gpt2
-from train import TrainConfig, create_optimizers, read_chunks, read_losses, read_tokens, scheduled_learning_rate, tokenize, train
+from train import TrainConfig, create_optimizers, data_fingerprint, read_chunks, read_losses, read_tokens, scheduled_learning_rate, tokenize, train
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "data" / "stories.txt"
@@ -300,12 +300,11 @@ def test_a_text_that_has_changed_is_not_taken_for_the_same(monkeypatch, capsys, 
     text.write_text(STORIES.read_text("utf-8")[:19_000], encoding="utf-8")
     code, _, error = run(monkeypatch, capsys, "--resume", tmp_path / "out", "--steps", 16)
     assert code == 2 and "is not what it was" in error and "--init" in error
-
-
-def test_tokens_replace_nothing_but_tokens(monkeypatch, capsys, tmp_path):
-    (tmp_path / "out.bin").write_text("precious")
-    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
-    assert code == 2 and "out.bin: would be replaced" in error and (tmp_path / "out.bin").read_text() == "precious"
+    (old,) = tmp_path.glob("out-*.bin")
+    quick("out", "--text", text, "--overwrite")
+    (new,) = {*tmp_path.glob("out-*.bin")} - {old}
+    tokenizer = load_gpt2(TINY)[1]
+    assert read_tokens(new).tolist() == [*tokenizer.encode(text.read_text("utf-8")), tokenizer.eot]
 
 
 def test_init_goes_on_from_a_folder(monkeypatch, capsys, quick, tmp_path):
@@ -406,14 +405,21 @@ def test_token_file(tmp_path):
     assert read_tokens(path).tolist() == expected
     header = np.fromfile(path, dtype=np.int32, count=256)  # llm.c's: magic, version, number of tokens
     assert header[:3].tolist() == [20240520, 1, len(expected)] and path.stat().st_size == 1024 + 2 * len(expected)
-    # A second time there is nothing to do; with another text or vocabulary there is
+    # A second time there is nothing to do
     written = path.stat().st_mtime_ns
     tokenize([tmp_path / name for name in texts], tokenizer, path)
     assert path.stat().st_mtime_ns == written
-    tokenize([tmp_path / "a.txt"], tokenizer, path)
-    assert read_tokens(path).tolist() == [*tokenizer.encode("One text."), tokenizer.eot]
-    tokenize([tmp_path / "a.txt"], Tokenizer([]), path)
-    assert len(read_tokens(path)) == 10
+
+
+def test_fingerprint_of_texts_and_vocabulary(tmp_path):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("One text.")
+    b.write_text("One text.")
+    fingerprints = [data_fingerprint(paths, Tokenizer([])) for paths in ([a], [b], [a, b], [b, a])]
+    fingerprints.append(data_fingerprint([a], Tokenizer([(b"O", b"n")])))
+    a.write_text("Another.")
+    fingerprints.append(data_fingerprint([a], Tokenizer([])))
+    assert len(set(fingerprints)) == 6 and fingerprints[1] == data_fingerprint([b], Tokenizer([]))
 
 
 def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
@@ -453,12 +459,6 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     tokenize(texts, tokenizer, path)
     assert path.read_bytes() == whole and not part.exists()
     assert n_written == 11  # 39 chunks and ends of texts, of which 1 + 7 + 20 were there
-    # What is left of other texts is of no use
-    with open(part, "wb") as file:
-        file.write(whole[:500])
-    path.unlink()
-    tokenize(texts[:2], tokenizer, path)
-    assert read_tokens(path).tolist() == [i for text in texts[:2] for i in [*tokenizer.encode(text.read_text()), tokenizer.eot]]
 
 
 def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
@@ -466,14 +466,6 @@ def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
     torch.save(state, tmp_path / "resume.pt")
     code, _, error = run(monkeypatch, capsys, "--resume", tmp_path)
     assert code == 2 and "is a run of finetune.py: python finetune.py classify --resume" in error
-
-
-def test_a_token_file_of_others_is_not_replaced(tmp_path):
-    write_llmc(tmp_path / "mine.bin", [1, 2, 3])
-    (tmp_path / "a.txt").write_text("One text.")
-    with pytest.raises(ValueError, match="mine.bin: would be replaced"):
-        tokenize([tmp_path / "a.txt"], Tokenizer.load(TINY), tmp_path / "mine.bin")
-    assert read_tokens(tmp_path / "mine.bin").tolist() == [1, 2, 3]
 
 
 def write_llmc(path, ids, n=None):

@@ -568,27 +568,6 @@ def parse_arguments():
     return args, checkpoint
 
 
-def main():
-    args, checkpoint = parse_arguments()
-    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    name = re.sub(r"\W+", "-", Path((args.bin or args.text)[0]).stem).strip("-") or "text"
-    out = args.out or Path("out") / name
-    if checkpoint is None and not args.overwrite:
-        refuse_to_replace(out)
-    device = start_processes(args.device)
-    with sole_run(out) if RANK == 0 else contextlib.nullcontext():
-        stopped_by = pretrain(args, config, checkpoint, out, device)
-    if RANK == 0:
-        if stopped_by:
-            print(f"stopped; go on with: python train.py --resume {out}")
-        else:
-            print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "The old man"')
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    if stopped_by:
-        sys.exit(128 + stopped_by)
-
-
 def starting_model(args, files, out, checkpoint):
     """The model and its tokenizer: of the run to be resumed, of --init, or new ones. Fills in what `args` leave open."""
     weights = None
@@ -681,6 +660,27 @@ def pretrain(args, config, checkpoint, out, device):
         model, train_loader, val_loader, config, out, settings=settings, checkpoint=checkpoint, report=sample,
         save=lambda: save_gpt2(model, tokenizer, out),
     )  # fmt: skip
+
+
+def main():
+    args, checkpoint = parse_arguments()
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    name = re.sub(r"\W+", "-", Path((args.bin or args.text)[0]).stem).strip("-") or "text"
+    out = args.out or Path("out") / name
+    if checkpoint is None and not args.overwrite:
+        refuse_to_replace(out)
+    device = start_processes(args.device)
+    with sole_run(out) if RANK == 0 else contextlib.nullcontext():
+        stopped_by = pretrain(args, config, checkpoint, out, device)
+    if RANK == 0:
+        if stopped_by:
+            print(f"stopped; go on with: python train.py --resume {out}")
+        else:
+            print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "The old man"')
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,15 @@ from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
-from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
+from gpt import GPT, GPTConfig, ShuffledBatches, Tokenizer, create_dataloader
 from load_gpt2 import (
     CommandLine,
     default_device,
@@ -503,6 +505,26 @@ def check_unchanged(rows, args):
         raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; start anew, with --overwrite")
 
 
+class LikeLengths(ShuffledBatches):
+    """The same, but each group of `group_size` rows, such as those of one step, is of like lengths, which saves padding."""
+
+    def __init__(self, lengths, batch_size, seed, group_size):
+        super().__init__(len(lengths), batch_size, seed)
+        self.lengths, self.group_size = np.asarray(lengths), group_size
+
+    def order(self, epoch):
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.n_rows)
+        # Lengths count up to a fifth more, by chance, or the same rows would meet in every epoch
+        by_length = order[np.argsort(self.lengths[order] * rng.uniform(1, 1.2, self.n_rows))]
+        order = by_length.copy()
+        first = -epoch * self.n_rows % self.group_size  # the rows before complete the last group of the epoch before
+        groups = range(first, self.n_rows - self.group_size + 1, self.group_size)
+        for here, there in zip(groups, rng.permutation(groups)):
+            order[here : here + self.group_size] = by_length[there : there + self.group_size]
+        return order
+
+
 def measuring_loader(rows, batch_size, collate_fn):
     """All rows once, the short ones first, so that little is padded"""
     return create_dataloader(sorted(rows, key=lambda row: len(row[0])), batch_size, collate_fn=collate_fn)
@@ -522,8 +544,8 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
 
     batch_size = args.micro_batch_size or args.batch_size
-    like_lengths = {"lengths": [len(ids) for ids, _ in training], "group_size": args.batch_size}
-    train_loader = create_dataloader(training, batch_size, shuffle=True, seed=args.seed, collate_fn=collate_fn, **like_lengths)
+    batches = LikeLengths([len(ids) for ids, _ in training], batch_size, args.seed, group_size=args.batch_size)
+    train_loader = DataLoader(training, batch_sampler=batches, collate_fn=collate_fn, pin_memory=torch.cuda.is_available())
     val_loader = measuring_loader(validation, batch_size, collate_fn)
     old_files = ["responses.json", "accuracies.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 

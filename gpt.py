@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: six numbers say what a GPT is; the published ones differ in three of them
@@ -282,34 +282,22 @@ class TokenDataset(Dataset):
         return inputs, targets
 
 
-class ShuffledBatches(Sampler):
+class ShuffledBatches:
     """
     Which rows make which batch, without end: one shuffled epoch after the other, cut into batches with no seam between.
 
     Batch b depends on (seed, b) alone. So a run that stopped goes on with `start`, and one of several processes takes
-    every `step`-th batch: together they see what one process would have seen. With the `lengths` of the rows, each group of
-    `group_size` rows, such as those of one step, is of like lengths, which saves padding.
+    every `step`-th batch: together they see what one process would have seen.
     """
 
-    def __init__(self, n_rows, batch_size, seed, lengths=None, group_size=None):
+    def __init__(self, n_rows, batch_size, seed):
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.lengths, self.group_size = lengths, group_size or batch_size
         self.start, self.step = 0, 1
 
     def order(self, epoch):
         """All rows, in the order in which this epoch takes them"""
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(np.arange(self.n_rows, dtype=np.uint32))  # half the memory for hundreds of millions of rows
-        if self.lengths is None:
-            return order
-        # Lengths count up to a fifth more, by chance, or the same rows would meet in every epoch
-        by_length = order[np.argsort(np.asarray(self.lengths)[order] * rng.uniform(1, 1.2, self.n_rows))]
-        order = by_length.copy()
-        first = -epoch * self.n_rows % self.group_size  # the rows before complete the last group of the epoch before
-        groups = range(first, self.n_rows - self.group_size + 1, self.group_size)
-        for here, there in zip(groups, rng.permutation(groups)):
-            order[here : here + self.group_size] = by_length[there : there + self.group_size]
-        return order
+        return rng.permutation(np.arange(self.n_rows, dtype=np.uint32))  # half the memory for hundreds of millions of rows
 
     def __iter__(self):
         epoch, order = -1, None
@@ -323,13 +311,10 @@ class ShuffledBatches(Sampler):
             yield rows
 
 
-def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=None, lengths=None, group_size=None):
+def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=None):
     """Batches in order, once through the data, for measuring; or, with shuffle, without end, for training."""
-    pin_memory = torch.cuda.is_available()
-    if not shuffle:
-        return DataLoader(dataset, batch_size, collate_fn=collate_fn, pin_memory=pin_memory)
-    batches = ShuffledBatches(len(dataset), batch_size, seed, lengths, group_size)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, pin_memory=pin_memory)
+    order = {"batch_sampler": ShuffledBatches(len(dataset), batch_size, seed)} if shuffle else {"batch_size": batch_size}
+    return DataLoader(dataset, collate_fn=collate_fn, pin_memory=torch.cuda.is_available(), **order)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

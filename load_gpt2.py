@@ -1,6 +1,6 @@
 """
-GPT-2's weights, in and out: the safetensors format by hand, the download from Hugging Face's hub, the folder that transformers
-reads and writes, and the continuation of a text on the command line.
+GPT-2's weights, in and out: the safetensors format by hand, the folder that transformers reads and writes, the download from
+Hugging Face's hub, and the continuation of a text on the command line.
 
     python load_gpt2.py gpt2 --prompt "Every effort moves you"
     python load_gpt2.py out/stories --prompt "The old man opened the door" --samples 3
@@ -51,8 +51,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The header of the largest GPT-2 has 60 KB; one that announces megabytes is damaged or means harm
-MAX_HEADER = 2**20
+# The largest JSON here, a header of gpt2-xl, has 60 KB; what announces megabytes is damaged or means harm
+MAX_JSON = 2**20
 
 
 def read_safetensors(path, dtype=None):
@@ -64,38 +64,38 @@ def read_safetensors(path, dtype=None):
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_size > min(size - 8, MAX_HEADER):
+        if header_size > min(size - 8, MAX_JSON):
             raise ValueError(f"{path}: cut short, or not a safetensors file ({size:,} bytes)")
         try:
             header = json.loads(file.read(header_size).decode("utf-8"), object_pairs_hook=unique_keys)
             header.pop("__metadata__", None)
             entries = sorted(
-                (*entry["data_offsets"], name, str(entry["dtype"]), entry["shape"]) for name, entry in header.items()
+                (entry["data_offsets"], name, str(entry["dtype"]), entry["shape"]) for name, entry in header.items()
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged safetensors header ({error!r:.100})") from None
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
-    tensors, position = {}, 8 + header_size
-    for begin, *end, name, dtype_name, shape in entries:
+    data, tensors, end = memoryview(mapped)[8 + header_size :], {}, 0
+    for offsets, name, dtype_name, shape in entries:
         # Tensors follow each other with no gap and no overlap, and each is as long as its shape says
         is_shape = isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n <= size for n in shape)
         if not is_shape or dtype_name not in DTYPES:
             raise ValueError(f"{path}: the tensor {name!r:.80} has an unknown dtype or shape")
-        n = math.prod(shape)
-        start, position = position, position + n * DTYPES[dtype_name].itemsize
-        if [begin, *end] != [start - 8 - header_size, position - 8 - header_size] or position > size:
+        n, begin = math.prod(shape), end
+        end += n * DTYPES[dtype_name].itemsize
+        if offsets != [begin, end] or end > len(data):
             raise ValueError(f"{path}: the tensor {name!r:.80} does not fit its place in the file")
         # Files written before headers were padded, OpenAI's among them, start their numbers at odd bytes; torch takes them so
-        tensor = torch.frombuffer(data, dtype=DTYPES[dtype_name], count=n, offset=start) if n else torch.empty(0)
+        tensor = torch.frombuffer(data, dtype=DTYPES[dtype_name], count=n, offset=begin) if n else torch.empty(0)
         tensor = tensor.to(DTYPES[dtype_name]).view(shape)
         if dtype is not None and tensor.dtype != dtype and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-            if hasattr(data, "madvise"):
-                data.madvise(mmap.MADV_DONTNEED)  # what has been copied need not stay in memory twice
+            if hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)  # what has been copied need not stay in memory twice
         tensors[name] = tensor
-    if position != size:
-        raise ValueError(f"{path}: the tensors end at byte {position:,}, the file at {size:,}")
+    if end != len(data):
+        raise ValueError(f"{path}: the tensors end after {end:,} bytes, the file after {len(data):,}")
     return tensors
 
 
@@ -118,6 +118,269 @@ def write_safetensors(path, tensors):
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's folder: config.json, model.safetensors, merges.txt, vocab.json
+
+# OpenAI wrote these four matrices as (in, out); nn.Linear holds (out, in)
+TRANSPOSED = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
+
+
+def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="cpu"):
+    """
+    One of GPT2_CONFIGS, any `owner/name` on the hub, or a folder as transformers or `save_gpt2` write it -> (GPT in eval mode,
+    Tokenizer). The weights are those of the file, mapped into memory: only another dtype or device makes copies of them.
+    Raises ValueError, with the file's name, for what is damaged or is not a GPT-2 as `gpt.py` computes it.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = fetch_from_hub(str(name_or_folder), revision)
+    config = read_config(folder / "config.json")
+    tokenizer = read_tokenizer(folder, config)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in read_weights(folder, dtype).items()}
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", torch.empty(0))):
+        raise ValueError(f"{folder}: lm_head.weight is not wte.weight, but this model has one table for both")
+    with torch.device("meta"):  # shapes only: no time goes into numbers that are replaced at once
+        model = GPT(config).eval()
+    put_weights(model, tensors, folder)
+    return model.to(device), tokenizer
+
+
+def put_weights(model, tensors, folder):
+    """Let the model's parameters be these tensors, laid out as in `folder`, whence they are; each must have its place."""
+    weights = {}
+    for name, parameter in model.state_dict().items():
+        if name not in tensors:
+            raise ValueError(f"{folder}: {name} is missing")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{folder}: {name} has whole numbers, {tensors[name].dtype}; quantized weights are not read")
+        weights[name] = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"{folder}: {name} is {list(tensors[name].shape)}, which is not what config.json says")
+    for name in tensors:
+        if name not in weights and not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in OpenAI's files
+            raise ValueError(f"{folder}: {name} is no part of the model")
+    model.load_state_dict(weights, assign=True)
+
+
+def read_weights(folder, dtype):
+    """model.safetensors, or the shards that model.safetensors.index.json names -> {name: tensor}"""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors", dtype)
+    if not index.exists():
+        raise ValueError(f"{folder}: no model.safetensors in it; pickles (*.bin, *.pt), which can run code, are not opened")
+    weight_map, tensors = read_index(index), {}
+    for shard in sorted(set(weight_map.values())):
+        of_shard = read_safetensors(folder / shard, dtype)
+        if of_shard.keys() != {name for name in weight_map if weight_map[name] == shard}:
+            raise ValueError(f"{folder / shard}: holds other tensors than {index.name} says")
+        tensors |= of_shard
+    return tensors
+
+
+def read_index(path):
+    """-> {name of a tensor: file name of its shard}"""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: no weight_map in it")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
+            raise ValueError(f"{path}: {shard!r:.80} is no name of a shard in the same folder")
+    return weight_map
+
+
+def read_json(path):
+    """A file of moderate size that holds one JSON object -> dict"""
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes are too many")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error!r:.100})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def read_tokenizer(folder, config):
+    """merges.txt and vocab.json, or tokenizer.json, which says the same in one file, or else GPT-2's own -> Tokenizer"""
+    path = folder / "tokenizer.json"
+    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists() and not path.exists():
+        tokenizer = Tokenizer.load(folder)
+    elif path.exists():
+        tokenizer = read_tokenizer_json(path)
+    elif config.vocab_size == GPTConfig.vocab_size:
+        tokenizer = Tokenizer.gpt2()
+    else:
+        raise ValueError(f"{folder}: no merges.txt and no tokenizer.json, and the vocabulary is not GPT-2's")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: {tokenizer.vocab_size} tokens do not fit a model with vocab_size={config.vocab_size}")
+    return tokenizer
+
+
+def read_tokenizer_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        bpe, cut = content["model"], content["pre_tokenizer"]
+        if [bpe["type"], cut["type"], cut["add_prefix_space"], content["normalizer"]] != ["BPE", "ByteLevel", False, None]:
+            raise ValueError("not a byte-level BPE as GPT-2 has it")
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+        vocab = bpe["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+        return Tokenizer(parse_merges("\n".join(merges)), vocab)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or of another kind ({error!r:.100})") from None
+
+
+def save_gpt2(model, tokenizer, folder, dtype=torch.float32):
+    """
+    Write what `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` open.
+    dtype: of the weights in the file, float32, bfloat16 or float16.
+    """
+    weights = {"transformer." + name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    save_folder(folder, weights, tokenizer, hf_config(model.config, tokenizer, dtype))
+
+
+def save_folder(folder, weights, tokenizer, config):
+    """weights: {name in transformers: tensor as nn.Linear has it}. config: what goes into config.json"""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in weights.items()}
+    write_safetensors(folder / "model.safetensors", weights)
+    tokenizer.save(folder)
+    write_json(folder / "config.json", config)
+
+
+def write_json(path, content):
+    with complete_file(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# What config.json calls the sizes of a GPTConfig
+SIZES = {"n_positions": "context_length"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+
+# What transformers computes as config.json says, and gpt.py in this one way
+COMPUTED_HERE = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+def hf_config(config, tokenizer, dtype):
+    """A GPTConfig in Hugging Face's words"""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
+        **COMPUTED_HERE,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def read_config(path):
+    """config.json -> GPTConfig; what it does not say is as in GPT-2. Dropout is 0: who trains further chooses it anew."""
+    given = read_json(path)
+    if given.get("model_type") != "gpt2":
+        raise ValueError(f'{path}: not a GPT-2 ("model_type" is not "gpt2")')
+    try:
+        config = GPTConfig(**{ours: given[theirs] for theirs, ours in SIZES.items() if theirs in given})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for key, value in COMPUTED_HERE.items():
+        if given.get(key, value) != value:
+            raise ValueError(f"{path}: {key}={given[key]!s:.40}, but this model is computed with {value} only")
+    if given.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner={given['n_inner']!s:.40}, but this model is computed with 4 n_embd only")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub, and the cache that Hugging Face's own tools use: models--OWNER--NAME/snapshots/COMMIT/FILE, and the commit of a
+# branch in refs/. Snapshots hold the files themselves, not links into a folder of blobs, as theirs do on systems without links.
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of their shards
+HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS} | {"distilgpt2": "distilbert/distilgpt2"}
+
+
+def hf_home():
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HOME") or default).expanduser()
+
+
+def hf_token():
+    path = Path(os.environ.get("HF_TOKEN_PATH") or hf_home() / "token").expanduser()
+    return (os.environ.get("HF_TOKEN") or (path.read_text(encoding="utf-8") if path.is_file() else "")).strip()
+
+
+def cached_repository(name):
+    """The folder in the cache for a name on the hub"""
+    cache = Path(os.environ.get("HF_HUB_CACHE") or hf_home() / "hub").expanduser()
+    return cache / f"models--{name.replace('/', '--')}"
+
+
+def cached_snapshot(name, revision="main"):
+    """The folder in the cache that holds the weights of a name on the hub, or None"""
+    for known_as in (HUB_NAMES.get(name, name), name):  # Hugging Face's tools keep "gpt2" under the name they are asked for
+        repository = cached_repository(known_as)
+        ref = repository / "refs" / revision
+        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+        folder = repository / "snapshots" / commit
+        if any((folder / file).exists() for file in WEIGHTS):
+            return folder
+
+
+def fetch_from_hub(name, revision):
+    """A name on the hub -> its folder in the cache, after fetching what is not there yet, all of it of the same commit"""
+    if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"{name} is not a folder; names on the hub are {', '.join(HUB_NAMES)} and OWNER/NAME")
+    owner_name, token, folder = HUB_NAMES.get(name, name), hf_token(), cached_snapshot(name, revision)
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + f"/{owner_name}/resolve"
+    repository = cached_repository(owner_name)
+
+    def fetch_one_of(*files):
+        """The first that is cached, or else the first that the repository has -> its name, or None"""
+        for file in [file for file in files if (folder / file).exists()] or files:
+            with contextlib.suppress(FileNotFoundError):
+                download(f"{url}/{folder.name}/{file}", folder / file, token)
+                return file
+
+    try:
+        if folder is None:
+            try:
+                with tempfile.TemporaryDirectory() as scratch:
+                    headers = download(f"{url}/{revision}/config.json", Path(scratch) / "config.json", token)
+            except (FileNotFoundError, ValueError) as error:
+                hint = "A private or gated repository needs HF_TOKEN"
+                raise ValueError(f"{name} is not a folder, and the hub refuses: {error}. {hint}") from None
+            commit = headers.get("X-Repo-Commit", "")
+            commit = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
+            folder, ref = repository / "snapshots" / commit, repository / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            part = ref.with_name(f"{ref.name}.{os.getpid()}.part")  # two processes may be here at once
+            part.write_text(commit, encoding="utf-8")
+            os.replace(part, ref)
+        fetch_one_of("config.json")
+        read_config(folder / "config.json")  # before gigabytes come that are of no use
+        if fetch_one_of(*WEIGHTS) == "model.safetensors.index.json":
+            for shard in sorted(set(read_index(folder / "model.safetensors.index.json").values())):
+                fetch_one_of(shard)
+        if fetch_one_of("merges.txt", "tokenizer.json") == "merges.txt":
+            fetch_one_of("vocab.json")
+    except Unavailable as error:
+        raise ValueError(
+            f"{error}; and {repository} does not hold it. "
+            "Try again later, give a folder instead of a name, or set HF_ENDPOINT to a mirror"
+        ) from None
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,269 +538,6 @@ def print_line(line, file=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The hub, and the cache that Hugging Face's own tools use: models--OWNER--NAME/snapshots/COMMIT/FILE, and the commit of a
-# branch in refs/. Snapshots hold the files themselves, not links into a folder of blobs, as theirs do on systems without links.
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of their shards
-HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS} | {"distilgpt2": "distilbert/distilgpt2"}
-
-
-def hf_home():
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HOME") or default).expanduser()
-
-
-def hf_token():
-    path = Path(os.environ.get("HF_TOKEN_PATH") or hf_home() / "token").expanduser()
-    return (os.environ.get("HF_TOKEN") or (path.read_text(encoding="utf-8") if path.is_file() else "")).strip()
-
-
-def cached_repository(name):
-    """The folder in the cache for a name on the hub"""
-    cache = Path(os.environ.get("HF_HUB_CACHE") or hf_home() / "hub").expanduser()
-    return cache / f"models--{name.replace('/', '--')}"
-
-
-def cached_snapshot(name, revision="main"):
-    """The folder in the cache that holds the weights of a name on the hub, or None"""
-    for known_as in (HUB_NAMES.get(name, name), name):  # Hugging Face's tools keep "gpt2" under the name they are asked for
-        repository = cached_repository(known_as)
-        ref = repository / "refs" / revision
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        folder = repository / "snapshots" / commit
-        if any((folder / file).exists() for file in WEIGHTS):
-            return folder
-
-
-def fetch_from_hub(name, revision):
-    """A name on the hub -> its folder in the cache, after fetching what is not there yet, all of it of the same commit"""
-    if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        raise ValueError(f"{name} is not a folder; names on the hub are {', '.join(HUB_NAMES)} and OWNER/NAME")
-    owner_name, token, folder = HUB_NAMES.get(name, name), hf_token(), cached_snapshot(name, revision)
-    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/") + f"/{owner_name}/resolve"
-    repository = cached_repository(owner_name)
-
-    def fetch_one_of(*files):
-        """The first that is cached, or else the first that the repository has -> its name, or None"""
-        for file in [file for file in files if (folder / file).exists()] or files:
-            with contextlib.suppress(FileNotFoundError):
-                download(f"{url}/{folder.name}/{file}", folder / file, token)
-                return file
-
-    try:
-        if folder is None:
-            try:
-                with tempfile.TemporaryDirectory() as scratch:
-                    headers = download(f"{url}/{revision}/config.json", Path(scratch) / "config.json", token)
-            except (FileNotFoundError, ValueError) as error:
-                hint = "A private or gated repository needs HF_TOKEN"
-                raise ValueError(f"{name} is not a folder, and the hub refuses: {error}. {hint}") from None
-            commit = headers.get("X-Repo-Commit", "")
-            commit = commit if re.fullmatch(r"[0-9a-f]{40}", commit) else revision
-            folder, ref = repository / "snapshots" / commit, repository / "refs" / revision
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            part = ref.with_name(f"{ref.name}.{os.getpid()}.part")  # two processes may be here at once
-            part.write_text(commit, encoding="utf-8")
-            os.replace(part, ref)
-        fetch_one_of("config.json")
-        read_config(folder / "config.json")  # before gigabytes come that are of no use
-        if fetch_one_of(*WEIGHTS) == "model.safetensors.index.json":
-            for shard in sorted(set(read_index(folder / "model.safetensors.index.json").values())):
-                fetch_one_of(shard)
-        if fetch_one_of("merges.txt", "tokenizer.json") == "merges.txt":
-            fetch_one_of("vocab.json")
-    except Unavailable as error:
-        raise ValueError(
-            f"{error}; and {repository} does not hold it. "
-            "Try again later, give a folder instead of a name, or set HF_ENDPOINT to a mirror"
-        ) from None
-    return folder
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's folder: config.json, model.safetensors, merges.txt, vocab.json
-
-# OpenAI wrote these four matrices as (in, out); nn.Linear holds (out, in)
-TRANSPOSED = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
-
-
-def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="cpu"):
-    """
-    One of GPT2_CONFIGS, any `owner/name` on the hub, or a folder as transformers or `save_gpt2` write it -> (GPT in eval mode,
-    Tokenizer). The weights are those of the file, mapped into memory: only another dtype or device makes copies of them.
-    Raises ValueError, with the file's name, for what is damaged or is not a GPT-2 as `gpt.py` computes it.
-    """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = fetch_from_hub(str(name_or_folder), revision)
-    config = read_config(folder / "config.json")
-    tokenizer = read_tokenizer(folder, config)
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in read_weights(folder, dtype).items()}
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors.get("wte.weight", torch.empty(0))):
-        raise ValueError(f"{folder}: lm_head.weight is not wte.weight, but this model has one table for both")
-    with torch.device("meta"):  # shapes only: no time goes into numbers that are replaced at once
-        model = GPT(config).eval()
-    put_weights(model, tensors, folder)
-    return model.to(device), tokenizer
-
-
-def put_weights(model, tensors, folder):
-    """Let the model's parameters be these tensors, laid out as in `folder`, whence they are; each must have its place."""
-    weights = {}
-    for name, parameter in model.state_dict().items():
-        if name not in tensors:
-            raise ValueError(f"{folder}: {name} is missing")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{folder}: {name} has whole numbers, {tensors[name].dtype}; quantized weights are not read")
-        weights[name] = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
-        if weights[name].shape != parameter.shape:
-            raise ValueError(f"{folder}: {name} is {list(tensors[name].shape)}, which is not what config.json says")
-    for name in tensors:
-        if name not in weights and not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in OpenAI's files
-            raise ValueError(f"{folder}: {name} is no part of the model")
-    model.load_state_dict(weights, assign=True)
-
-
-def read_weights(folder, dtype):
-    """model.safetensors, or the shards that model.safetensors.index.json names -> {name: tensor}"""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors", dtype)
-    if not index.exists():
-        raise ValueError(f"{folder}: no model.safetensors in it; pickles (*.bin, *.pt), which can run code, are not opened")
-    weight_map, tensors = read_index(index), {}
-    for shard in sorted(set(weight_map.values())):
-        of_shard = read_safetensors(folder / shard, dtype)
-        if of_shard.keys() != {name for name in weight_map if weight_map[name] == shard}:
-            raise ValueError(f"{folder / shard}: holds other tensors than {index.name} says")
-        tensors |= of_shard
-    return tensors
-
-
-def read_index(path):
-    """-> {name of a tensor: file name of its shard}"""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: no weight_map in it")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
-            raise ValueError(f"{path}: {shard!r:.80} is no name of a shard in the same folder")
-    return weight_map
-
-
-def read_json(path):
-    """A file of moderate size that holds one JSON object -> dict"""
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes are too many")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error!r:.100})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
-
-
-def read_tokenizer(folder, config):
-    """merges.txt and vocab.json, or tokenizer.json, which says the same in one file, or else GPT-2's own -> Tokenizer"""
-    path = folder / "tokenizer.json"
-    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists() and not path.exists():
-        tokenizer = Tokenizer.load(folder)
-    elif path.exists():
-        tokenizer = read_tokenizer_json(path)
-    elif config.vocab_size == GPTConfig.vocab_size:
-        tokenizer = Tokenizer.gpt2()
-    else:
-        raise ValueError(f"{folder}: no merges.txt and no tokenizer.json, and the vocabulary is not GPT-2's")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: {tokenizer.vocab_size} tokens do not fit a model with vocab_size={config.vocab_size}")
-    return tokenizer
-
-
-def read_tokenizer_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        bpe, cut = content["model"], content["pre_tokenizer"]
-        if [bpe["type"], cut["type"], cut["add_prefix_space"], content["normalizer"]] != ["BPE", "ByteLevel", False, None]:
-            raise ValueError("not a byte-level BPE as GPT-2 has it")
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-        vocab = bpe["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
-        return Tokenizer(parse_merges("\n".join(merges)), vocab)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, or of another kind ({error!r:.100})") from None
-
-
-def save_gpt2(model, tokenizer, folder, dtype=torch.float32):
-    """
-    Write what `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` open.
-    dtype: of the weights in the file, float32, bfloat16 or float16.
-    """
-    weights = {"transformer." + name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    save_folder(folder, weights, tokenizer, hf_config(model.config, tokenizer, dtype))
-
-
-def save_folder(folder, weights, tokenizer, config):
-    """weights: {name in transformers: tensor as nn.Linear has it}. config: what goes into config.json"""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in weights.items()}
-    write_safetensors(folder / "model.safetensors", weights)
-    tokenizer.save(folder)
-    write_json(folder / "config.json", config)
-
-
-def write_json(path, content):
-    with complete_file(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# What config.json calls the sizes of a GPTConfig
-SIZES = {"n_positions": "context_length"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-
-# What transformers computes as config.json says, and gpt.py in this one way
-COMPUTED_HERE = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-
-
-def hf_config(config, tokenizer, dtype):
-    """A GPTConfig in Hugging Face's words"""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
-        **COMPUTED_HERE,
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def read_config(path):
-    """config.json -> GPTConfig; what it does not say is as in GPT-2. Dropout is 0: who trains further chooses it anew."""
-    given = read_json(path)
-    if given.get("model_type") != "gpt2":
-        raise ValueError(f'{path}: not a GPT-2 ("model_type" is not "gpt2")')
-    try:
-        config = GPTConfig(**{ours: given[theirs] for theirs, ours in SIZES.items() if theirs in given})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    for key, value in COMPUTED_HERE.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"{path}: {key}={given[key]!s:.40}, but this model is computed with {value} only")
-    if given.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner={given['n_inner']!s:.40}, but this model is computed with 4 n_embd only")
-    return config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What all commands share: the machine they run on, and errors that are one line
 
 
@@ -610,16 +610,15 @@ def evaluate_text(model, ids, stride):
     device, context_length = model.wte.weight.device, model.config.context_length
     if len(ids) < 2 or not 0 < stride <= context_length:
         raise ValueError(f"needs a text of 2 tokens or more and a stride of 1 to {context_length}")
-    ids, total, done = torch.tensor(ids), 0.0, 0  # done: tokens that have been predicted
-    for start in range(0, len(ids) - 1, stride):
+    ids, total, start, done = torch.tensor(ids), 0.0, 0, 0  # done: tokens that have been predicted
+    while done < len(ids) - 1:
         window = ids[start : start + context_length + 1].to(device)
         n = start + len(window) - 1 - done
         logits = model(window[None, :-1])[0, -n:]  # (n, V)
         total += F.cross_entropy(logits.float(), window[-n:], reduction="sum").item()
-        done += n
+        start, done = start + stride, done + n
         show_progress(f"{done:,} of {len(ids) - 1:,} tokens, loss {total / done:.4f}")
-        if done == len(ids) - 1:
-            return total / done
+    return total / done
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, **options):
@@ -682,8 +681,7 @@ def main():
     if args.evaluate:
         ids, stride = tokenizer.encode(text), model.config.context_length if args.stride is None else args.stride
         loss = evaluate_text(model, ids, stride)
-        show_progress("")
-        print(
+        print_line(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {len(ids) - 1:,} tokens "
             f"(context {model.config.context_length}, stride {stride}, {str(dtype).removeprefix('torch.')})"
         )

@@ -22,6 +22,7 @@ from finetune import (
     ClassificationDataset,
     GPTClassifier,
     InstructionDataset,
+    LikeLengths,
     LoRALinear,
     add_lora,
     answer,
@@ -35,7 +36,7 @@ from finetune import (
     read_texts,
     save_lora,
 )
-from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, Tokenizer
+from gpt import GPT, GPT2_CONFIGS, GPTConfig, Tokenizer
 from load_gpt2 import load_gpt2, read_safetensors, save_gpt2
 from train import read_losses
 
@@ -64,7 +65,7 @@ def small_gpt(**sizes):
 
 def test_batches_of_like_lengths():
     lengths = [(7 * i) % 101 + 1 for i in range(203)]
-    sampler = ShuffledBatches(len(lengths), 8, seed=3, lengths=lengths)
+    sampler = LikeLengths(lengths, 8, seed=3, group_size=8)
     orders = [sampler.order(epoch) for epoch in range(4)]
     assert all(sorted(order) == list(range(203)) for order in orders)
     assert all((sampler.order(epoch) == orders[epoch]).all() for epoch in (2, 0, 3))
@@ -81,11 +82,11 @@ def test_batches_of_like_lengths():
 
 def test_batches_are_the_same_however_they_are_cut():
     lengths = [(7 * i) % 11 + 1 for i in range(50)]
-    whole = ShuffledBatches(50, 8, seed=3, lengths=lengths)
+    whole = LikeLengths(lengths, 8, seed=3, group_size=8)
     for size in (4, 2, 1):
-        cut = ShuffledBatches(50, size, seed=3, lengths=lengths, group_size=8)
+        cut = LikeLengths(lengths, size, seed=3, group_size=8)
         assert all((cut.order(epoch) == whole.order(epoch)).all() for epoch in range(5))
-    assert sorted(ShuffledBatches(3, 8, seed=0, lengths=[1, 2, 3]).order(1)) == [0, 1, 2]
+    assert sorted(LikeLengths([1, 2, 3], 8, seed=0, group_size=8).order(1)) == [0, 1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ class InstructionDataset(list):
             ids = torch.tensor(ids[: context_length + 1])
             inputs, targets = ids[:-1], ids[1:].clone()
             if not train_on_prompt:
-                targets[: len(prompt) - 1] = -100
+                targets[: len(prompt) - 1] = -100  # the last token of the prompt has the first of the response as its target
             self.append((inputs, targets))
             self.entries.append(entry)
 
@@ -203,7 +203,7 @@ def answer(model, tokenizer, entries, max_new_tokens, batch_size=32):
     answers = [None] * len(prompts)
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        room = min(max_new_tokens, limit + 1 - len(prompts[rows[0]]))
+        room = min(max_new_tokens, limit + 1 - len(prompts[rows[0]]))  # the last token is not read, and takes no place
         batch = model.generate([prompts[i] for i in rows], room, temperature=0, eos_id=tokenizer.eot)
         for i, ids in zip(rows, batch):
             answers[i] = tokenizer.decode(ids[: limit + 1 - len(prompts[i])]).strip()
@@ -260,7 +260,7 @@ def merge_lora(model):
     return model
 
 
-# PEFT's files know a GPT as part of a model with a head, and that one as part of PEFT's own
+# In PEFT's files a name is base_model.model.transformer.h.0 ...: PEFT's wrapper, the model with a head, the GPT
 PEFT_PREFIX = "base_model.model."
 
 
@@ -466,7 +466,10 @@ def fill_in(args, config):
 
 
 def load_base(args, texts):
-    """The model to start from, with args.dropout and args.context_length; positions that it does not know are random."""
+    """
+    The model to start from; it decides what `args` leave open. Positions that it does not know are random, and `texts` teach
+    random weights their vocabulary.
+    """
     if args.init == BASE and not Path(BASE).exists():
         raise ValueError(f"{BASE}: no such folder; `python train.py` makes it, or name another model with --init")
     torch.manual_seed(args.seed)
@@ -499,14 +502,14 @@ def load_model(args, texts, checkpoint):
 
 
 def check_unchanged(rows, args):
-    """Other rows would be split otherwise: what a run has learned from would be its test when it goes on."""
+    """A new run notes the checksum of its rows; one that goes on must have the same, or it may be tested on what it learned."""
     checksum = zlib.crc32(repr(rows).encode())
-    if vars(args).setdefault("checksum", checksum) != checksum:  # which a resumed run has in its settings
+    if vars(args).setdefault("checksum", checksum) != checksum:
         raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; start anew, with --overwrite")
 
 
 class LikeLengths(ShuffledBatches):
-    """The same, but each group of `group_size` rows, such as those of one step, is of like lengths, which saves padding."""
+    """ShuffledBatches, but each group of `group_size` rows, those of one step, is of like lengths, which saves padding."""
 
     def __init__(self, lengths, batch_size, seed, group_size):
         super().__init__(len(lengths), batch_size, seed)
@@ -518,7 +521,8 @@ class LikeLengths(ShuffledBatches):
         # Lengths count up to a fifth more, by chance, or the same rows would meet in every epoch
         by_length = order[np.argsort(self.lengths[order] * rng.uniform(1, 1.2, self.n_rows))]
         order = by_length.copy()
-        first = -epoch * self.n_rows % self.group_size  # the rows before complete the last group of the epoch before
+        # Where an epoch ends amid a group, the next begins with the rows that fill it: of 10 rows in groups of 4, with 2
+        first = -epoch * self.n_rows % self.group_size
         groups = range(first, self.n_rows - self.group_size + 1, self.group_size)
         for here, there in zip(groups, rng.permutation(groups)):
             order[here : here + self.group_size] = by_length[there : there + self.group_size]
@@ -595,15 +599,16 @@ def classify(args, checkpoint):
 
     limit = gpt.config.context_length
     datasets = [ClassificationDataset(part, tokenizer, classes, limit) for part in parts]
+    training, validation, _ = datasets
     counts = ", ".join(f"{n_rows[name]} {name}" for name in classes)
     balanced = f"; {min(n_rows.values())} of each are used" if args.balance else ""
     print(f"{counts}{balanced}; {sum(d.n_cut for d in datasets)} longer than {limit} tokens, and cut there")
     loaders = [measuring_loader(dataset, 32, collate_texts) for dataset in datasets]
-    some = measuring_loader(datasets[0][: len(datasets[1])], 32, collate_texts)  # of training, as many rows as validation has
-    curve_loaders = {"train_accuracy": some, "val_accuracy": loaders[1]}
+    training_sample = measuring_loader(training[: len(validation)], 32, collate_texts)
+    curve_loaders = {"train_accuracy": training_sample, "val_accuracy": loaders[1]}
 
-    def save(merged):
-        save_classifier(merged, tokenizer, classes, args.out)
+    def save(model_to_save):
+        save_classifier(model_to_save, tokenizer, classes, args.out)
 
     def report():
         row = {name: accuracy(*logits_and_labels(model, loader)) for name, loader in curve_loaders.items()}
@@ -612,7 +617,7 @@ def classify(args, checkpoint):
 
     if checkpoint is None:
         print_scores("before", [logits_and_labels(model, loader) for loader in loaders])
-    finetune(model, *datasets[:2], collate_texts, args, checkpoint, save=save, report=report)
+    finetune(model, training, validation, collate_texts, args, checkpoint, save=save, report=report)
     plot_losses(read_losses(args.out / "losses.csv"), args.out / "accuracies.png", ("train_accuracy", "val_accuracy"))
 
     best = load_classifier(args.out)[0].to(args.device)
@@ -680,15 +685,15 @@ def instruct(args, checkpoint):
         raise ValueError(f"{args.data}: too few rows fit into {limit} tokens; --context-length takes more")
     training, validation, test = datasets
 
-    def save(merged):
-        save_gpt2(merged, tokenizer, args.out)
+    def save(model_to_save):
+        save_gpt2(model_to_save, tokenizer, args.out)
 
-    def sample():
+    def show_sample():
         entry = validation.entries[0]
         (response,) = answer(model, tokenizer, [entry], args.max_new_tokens)
         print(textwrap.indent(f"{entry['instruction']} {entry['input']}\n-> {response}", "    "), end="\n\n", flush=True)
 
-    finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, report=sample)
+    finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, report=show_sample)
 
     dtype = fast_dtype(args.device)
     best, start = load_gpt2(args.out, device=args.device, dtype=dtype)[0], time.perf_counter()
@@ -811,7 +816,7 @@ def parse_arguments():
         add("--out", type=Path, default=Path(out), help="folder for all that the run writes")
         add("--overwrite", action="store_true", help="replace the run that is in --out")
         add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
-        add("--context-length", type=int, help="tokens of a row that are read (default: the model's)")
+        add("--context-length", type=int, help="tokens of a row that are read (default: the model's; instruct grows it to 256)")
         add("--dropout", type=float, help="share of activations dropped in training (default: 0.1, in small models 0.3)")
         add("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank instead of the weights. 0: none")
         add("--lora-alpha", type=float, default=16.0, help="what the adapters add is multiplied by alpha / rank")

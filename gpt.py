@@ -41,7 +41,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            limit = 1000 if name == "n_layer" else 2**24
+            limit = 1000 if name == "n_layer" else 2**24  # building millions of layers would take for ever
             if name != "dropout" and not (type(value) is int and 0 < value < limit):
                 raise ValueError(f"{name}={value!r:.40} is no size; it must be a whole number, at least 1 and below {limit}")
         if self.n_embd % self.n_head:
@@ -68,8 +68,8 @@ GPT2_CONFIGS = {
 # Merges never cross these cuts, so "dog" and "dog!" share a token.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# GPT-2's order of the 256 bytes, printable ones first. In its files a printable byte stands for itself, and each of the
-# other 68 for a character from U+0100 on, so that merges.txt holds no blanks or control characters.
+# GPT-2's order of the 256 bytes, printable ones first. Its files spell these as they are, and the other 68 as characters
+# from U+0100 on, so that merges.txt holds no blanks or control characters.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 CHAR_OF_BYTE = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
@@ -197,6 +197,7 @@ def merge_pair(word, pair):
 
 
 def to_chars(token):
+    """b" a" -> "Ġa", as the files spell it"""
     return token.decode("latin-1").translate(CHAR_OF_BYTE)
 
 
@@ -286,13 +287,13 @@ class ShuffledBatches:
     """
     Which rows make which batch, without end: one shuffled epoch after the other, cut into batches with no seam between.
 
-    Batch b depends on (seed, b) alone. So a run that stopped goes on with `start`, and one of several processes takes
-    every `step`-th batch: together they see what one process would have seen.
+    Batch b depends on (seed, b) alone. So a run that stopped goes on with `first`, and one of several processes takes one
+    batch in `every`: together they see what one process would have seen.
     """
 
     def __init__(self, n_rows, batch_size, seed):
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.start, self.step = 0, 1
+        self.first, self.every = 0, 1
 
     def order(self, epoch):
         """All rows, in the order in which this epoch takes them"""
@@ -301,7 +302,7 @@ class ShuffledBatches:
 
     def __iter__(self):
         epoch, order = -1, None
-        for batch in itertools.count(self.start, self.step):
+        for batch in itertools.count(self.first, self.every):
             rows = []
             for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
                 if place // self.n_rows != epoch:
@@ -342,7 +343,7 @@ class CausalSelfAttention(nn.Module):
     def weights(self, x):
         """
         The heart of it, written out: how much token t takes from each token up to t. (B, T, C) -> (B, H, T, T)
-        softmax(q k^T / sqrt(D)) with the future at -inf; Vaswani et al. 2017, section 3.2.1.
+        softmax(q k^T / sqrt(D)) with the future at -inf; Vaswani et al. 2017, section 3.2.1. For readers: `forward` fuses it.
         """
         q, k, _ = self.project(x)
         scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
@@ -355,7 +356,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             keys, values = cache  # (B, H, columns, D), column t for the token at position t
             rows = torch.arange(len(x), device=x.device)[:, None]
-            # Indexed by rows (B, 1) and positions (B, T), both of them have the shape (B, T, H, D)
+            # Indexed by rows (B, 1) and positions (B or 1, T), the columns have the shape of k.transpose(1, 2): (B, T, H, D)
             keys[rows, :, positions] = k.transpose(1, 2).type_as(keys)
             values[rows, :, positions] = v.transpose(1, 2).type_as(values)
             if mask is not None:  # earlier tokens count too
@@ -363,7 +364,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout.p if self.training else 0.0
         # weights(x) @ v in one kernel, which never holds the (T, T) weights in memory
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -423,8 +424,8 @@ class GPT(nn.Module):
         """
         What the model knows at each token, before it guesses. (B, T) -> (B, T, C)
 
-        A cache (see `empty_cache`) takes in their keys and values. Then `ids` may be what follows, at `positions` (B, T) of the
-        texts; each new token sees the cache's columns up to its own position.
+        With a cache (see `empty_cache`), it keeps the keys and values of `ids`. With a cache and `positions` (B, T), `ids` are
+        what follows there in texts whose beginnings are in the cache; each token sees the columns up to its own position.
         """
         T, mask = ids.size(1), None
         if positions is None:
@@ -440,7 +441,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, x):
-        """Features to logits: a token scores high where its vector in wte points the same way. (..., C) -> (..., V)"""
+        """Features to logits: a token scores high where its vector (wte once more) points the same way. (..., C) -> (..., V)"""
         return F.linear(x, self.wte.weight)
 
     def forward(self, ids, targets=None):
@@ -495,6 +496,7 @@ class GPT(nn.Module):
                 lengths = torch.tensor([len(texts[row]) for row in rows], device=device)[:, None]  # (B, 1)
                 if cache is None:  # read whole texts, padded on the right, where nothing before the padding can see it
                     ids = pad_sequence([torch.tensor(texts[row]) for row in rows], batch_first=True).to(device)
+                    # The padding goes into the cache too; each of its columns is overwritten before any token sees it
                     cache = self.empty_cache(len(rows), min(limit, ids.size(1) + max_new_tokens))
                     x = self.features(ids, cache)
                     logits = self.head(x[torch.arange(len(x), device=device), lengths[:, 0] - 1])  # of the last token of each
@@ -511,7 +513,7 @@ class GPT(nn.Module):
                     cache = [(keys[kept], values[kept]) for keys, values in cache]
                 for row, i in zip(rows, next_ids):
                     texts[row].append(i)
-                    if len(texts[row]) > limit:  # read what is kept of it anew
+                    if len(texts[row]) > limit:  # read anew, with all others, what is left
                         del texts[row][: -max(1, limit // 2)]
                         cache = None
                 yield dict(zip(rows, next_ids))

@@ -599,6 +599,7 @@ def one_line_errors():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The command: measure how well a model predicts a text, or let it go on with one
 
 
 @torch.no_grad()

@@ -89,12 +89,12 @@ def option(default, help):
 class TrainConfig:
     steps: int = option(200, "updates of the weights")
     batch_size: int = option(16, "rows in a step, over all processes")
-    micro_batch_size: int = option(0, "rows that go through the model at once; 0: as many as fit")
+    micro_batch_size: int = option(0, "rows in the model at once; fewer take less memory. 0: all (on a CPU: 2,048 tokens)")
     optimizer: str = option("adamw", "adamw, or muon, which takes over the matrices in the blocks")
     learning_rate: float = option(1e-3, "at its peak")
     warmup: int = option(20, "steps in which the learning rate grows to its peak")
     weight_decay: float = option(0.1, "pull of matrices towards 0")
-    grad_clip: float = option(1.0, "longest gradient that is followed whole")
+    grad_clip: float = option(1.0, "a longer gradient is scaled down to this length")
     eval_every: int = option(50, "steps from one validation, sample and checkpoint to the next")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, what the device does fastest")
     seed: int = option(1, "of weights, shuffling, dropout and samples")
@@ -123,7 +123,8 @@ def scheduled_learning_rate(step, config):
 def create_optimizers(model, config):
     """
     AdamW, with weight decay on matrices only: a LayerNorm or a bias pulled to 0 would lose its meaning. With muon, the matrices
-    in the blocks are left to Muon (Jordan 2024), scaled so that AdamW's learning rate suits it (Liu et al. 2025, section 2.2).
+    in the blocks are left to Muon (Jordan 2024), which makes each update nearly orthogonal; its length is scaled to that of
+    AdamW's (Liu et al. 2025, section 2.2).
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for_muon = [name for name, p in trained.items() if config.optimizer == "muon" and ".h." in "." + name and p.dim() == 2]
@@ -140,10 +141,11 @@ def create_optimizers(model, config):
 
 def train(model, train_loader, val_loader, config, out, *, save, report=lambda: None, settings=None, checkpoint=None):
     """
-    Train `model`, on the device where it is, from `train_loader`: one made with shuffle=True, its batches are micro-batches.
+    Train `model`, on the device where it is. The batch_sampler of `train_loader` is a ShuffledBatches, of micro-batches.
 
-    Every eval_every steps: the loss over `val_loader`; `save()` where it is the lowest so far; `report()`, which may show
-    something and return {name: number}, more columns for losses.csv; then out/losses.csv and out/resume.pt, with `settings`.
+    At the start, the end and every eval_every steps: the loss over `val_loader`; `save()` where it is the lowest so far;
+    `report()`, which may show something and return {name: number}, more columns for losses.csv; then out/losses.csv and
+    out/resume.pt, with `settings`. What an earlier run has left in `out` goes after the first save.
     A step depends on the state, the seed and its own number alone: a run that goes on from a `checkpoint` (see read_checkpoint)
     repeats to the last bit what it would have done. Ctrl-C and SIGTERM end it after the current step, with its state saved.
 
@@ -156,7 +158,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             f"a batch of {config.batch_size} rows does not divide into micro-batches of {batch_sampler.batch_size} "
             f"for {WORLD_SIZE} process(es)"
         )
-    micro_batches = config.batch_size // batch_sampler.batch_size  # in a step, over all processes
+    n_micro_batches = config.batch_size // batch_sampler.batch_size  # in a step, over all processes
     optimizers = create_optimizers(model, config)
     step, best_loss, history = 0, math.inf, [{"step": 0}]  # history: the rows of losses.csv
     if checkpoint is not None:
@@ -171,9 +173,9 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     keep_freed_memory()
-    batch_sampler.start, batch_sampler.step = step * micro_batches + RANK, WORLD_SIZE
+    batch_sampler.first, batch_sampler.every = step * n_micro_batches + RANK, WORLD_SIZE
     batches = iter(train_loader)
-    step_batches = list(itertools.islice(batches, micro_batches // WORLD_SIZE))
+    step_batches = list(itertools.islice(batches, n_micro_batches // WORLD_SIZE))
 
     def save_state():
         write_losses(out / "losses.csv", history)
@@ -215,7 +217,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
-            step_batches = list(itertools.islice(batches, micro_batches // WORLD_SIZE))  # of the next step, while a GPU works
+            step_batches = list(itertools.islice(batches, n_micro_batches // WORLD_SIZE))  # of the next step, while a GPU works
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
             train_loss, stops = sum_over_processes([loss.item(), len(caught)], device)
             if not math.isfinite(train_loss + norm):
@@ -413,7 +415,7 @@ def find_files(names, folder):
 def read_chunks(path, n_characters=2**20):
     """
     A text, a million characters at a time, cut before a blank that follows a word: GPT-2 never makes one token of the two
-    sides, so the chunks' tokens are the tokens of the whole.
+    sides, so the chunks' tokens are the tokens of the whole (unless in a million characters there is no such place).
     """
     rest = ""
     try:
@@ -431,7 +433,7 @@ def read_chunks(path, n_characters=2**20):
 
 
 def data_fingerprint(paths, tokenizer):
-    """A name that changes when a file or the vocabulary does"""
+    """A name for files and vocabulary. It looks at place, size and time of a file, since reading it all may take hours."""
     sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return hashlib.sha256(json.dumps([sources, tokenizer.vocab]).encode()).hexdigest()
 
@@ -459,8 +461,9 @@ def tokenize(paths, tokenizer, bin_path):
     try:
         with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
             *_, n_chunks, n_tokens = read_header(part)
-            size, done = sum(path.stat().st_size for path in paths), n_bytes(itertools.islice(chunks, n_chunks))
-            skipped, start = done, time.perf_counter()
+            size = sum(path.stat().st_size for path in paths)
+            done = skipped = n_bytes(itertools.islice(chunks, n_chunks))  # which takes them from `chunks`
+            start = time.perf_counter()
             file.seek(HEADER_BYTES + 2 * n_tokens)
             while group := list(itertools.islice(chunks, CHUNKS_AT_ONCE)):
                 file.writelines(pool.map(encode, group))
@@ -538,10 +541,10 @@ def parse_arguments():
     add("--init", metavar="NAME", help="start from this GPT-2, a folder or a name on the hub, instead of from random weights")
     add("--vocab-size", type=int, help="learn a vocabulary of this size from the text (default: the model's)")
     add("--context-length", type=int, help="tokens in a window (default: the model's)")
-    add("--dropout", type=float, help="share of activations dropped in training (default: the model's)")
+    add("--dropout", type=float, help="share of activations dropped in training (default: that of --model; 0 with --init)")
     add("--out", type=Path, help="folder for all that the run writes (default: out/ and the name of the text)")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
-    add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
+    add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder; settings given here replace its own")
     add("--prompt", default="\n", help="how the samples begin")
     add("--eval-windows", type=int, default=64, help="windows in a validation")
     add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
@@ -604,7 +607,7 @@ def starting_model(args, files, out, checkpoint):
 
 
 def pretrain(args, config, checkpoint, out, device):
-    """What the command line asks for, made ready for `train`"""
+    """Make ready what the command line asks for, and train -> what `train` returns"""
     files = find_files(args.bin or args.text, out.parent)
     model, tokenizer = starting_model(args, files, out, checkpoint)
     model.to(device)
@@ -616,7 +619,7 @@ def pretrain(args, config, checkpoint, out, device):
 
     fingerprint = data_fingerprint(files, tokenizer)
     if checkpoint is not None and checkpoint["settings"].get("data") != fingerprint:
-        raise ValueError(f"the text of {out} is not what it was when the run began; a new run can go on from it: --init {out}")
+        raise ValueError(f"the files of {out} have another place, size or time than when it began; --init {out} goes on anew")
     if args.bin:
         shards = [(path.name, read_tokens(path)) for path in files]
     else:
@@ -642,7 +645,7 @@ def pretrain(args, config, checkpoint, out, device):
     train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed, collate_fn=collate)
     val_loader = create_dataloader(validation, micro_batch_size, collate_fn=collate)
 
-    def sample():
+    def show_sample():
         generator = torch.Generator(device).manual_seed(args.seed)
         ids = model.stream(prompt, 100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator)
         print(textwrap.indent((args.prompt + tokenizer.decode(ids)).strip(), "    "), end="\n\n", flush=True)
@@ -657,7 +660,7 @@ def pretrain(args, config, checkpoint, out, device):
             f"{len(validation)} for validation; {device}"
         )
     return train(
-        model, train_loader, val_loader, config, out, settings=settings, checkpoint=checkpoint, report=sample,
+        model, train_loader, val_loader, config, out, settings=settings, checkpoint=checkpoint, report=show_sample,
         save=lambda: save_gpt2(model, tokenizer, out),
     )  # fmt: skip
 

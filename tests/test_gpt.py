@@ -269,7 +269,7 @@ def test_shuffled_batches_can_start_anywhere_and_be_shared_out():
     whole = [batch for batch, _ in zip(ShuffledBatches(7, 3, seed=5), range(12))]
     for rank in range(2):
         part = ShuffledBatches(7, 3, seed=5)
-        part.start, part.step = 4 + rank, 2
+        part.first, part.every = 4 + rank, 2
         assert [batch for batch, _ in zip(part, range(4))] == whole[4 + rank :: 2]
     assert [batch for batch, _ in zip(ShuffledBatches(7, 3, seed=6), range(12))] != whole
 

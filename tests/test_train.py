@@ -299,7 +299,7 @@ def test_a_text_that_has_changed_is_not_taken_for_the_same(monkeypatch, capsys, 
     quick("out", "--text", text)
     text.write_text(STORIES.read_text("utf-8")[:19_000], encoding="utf-8")
     code, _, error = run(monkeypatch, capsys, "--resume", tmp_path / "out", "--steps", 16)
-    assert code == 2 and "is not what it was" in error and "--init" in error
+    assert code == 2 and "have another place, size or time" in error and "--init" in error
     (old,) = tmp_path.glob("out-*.bin")
     quick("out", "--text", text, "--overwrite")
     (new,) = {*tmp_path.glob("out-*.bin")} - {old}

@@ -551,12 +551,9 @@ def finetune(model, training, validation, collate_fn, args, checkpoint, *, save,
     batches = LikeLengths([len(ids) for ids, _ in training], batch_size, args.seed, group_size=args.batch_size)
     train_loader = DataLoader(training, batch_sampler=batches, collate_fn=collate_fn, pin_memory=torch.cuda.is_available())
     val_loader = measuring_loader(validation, batch_size, collate_fn)
-    old_files = ["responses.json", "accuracies.png", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
     def save_best():
         save(merge_lora(copy.deepcopy(model)) if args.lora_rank else model)
-        while args.overwrite and old_files:  # only now there is something in their place
-            (args.out / old_files.pop()).unlink(missing_ok=True)
         if args.lora_rank:
             save_lora(model, args.out / "adapter", args.init)
 

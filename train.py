@@ -53,13 +53,15 @@ from load_gpt2 import (
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes: torchrun starts them and says through the environment who is who; one process alone is rank 0 of 1
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = 0, 1
 
 
 def start_processes(device):
     """Join the processes that torchrun started -> the device of this one"""
-    if WORLD_SIZE == 1:
+    global RANK, WORLD_SIZE
+    if not dist.is_torchelastic_launched():
         return torch.device(device)
+    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -145,7 +147,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
 
     At the start, the end and every eval_every steps: the loss over `val_loader`; `save()` where it is the lowest so far;
     `report()`, which may show something and return {name: number}, more columns for losses.csv; then out/losses.csv and
-    out/resume.pt, with `settings`. What an earlier run has left in `out` goes after the first save.
+    out/resume.pt, with `settings`. What an earlier run has left in `out` goes before the first save.
     A step depends on the state, the seed and its own number alone: a run that goes on from a `checkpoint` (see read_checkpoint)
     repeats to the last bit what it would have done. Ctrl-C and SIGTERM end it after the current step, with its state saved.
 
@@ -166,7 +168,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{out / 'resume.pt'}: does not fit the model of {out / 'config.json'} ({error!s:.100})") from None
         step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], checkpoint["history"]
     parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
@@ -175,7 +177,6 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
     keep_freed_memory()
     batch_sampler.first, batch_sampler.every = step * n_micro_batches + RANK, WORLD_SIZE
     batches = iter(train_loader)
-    step_batches = list(itertools.islice(batches, n_micro_batches // WORLD_SIZE))
 
     def save_state():
         write_losses(out / "losses.csv", history)
@@ -198,12 +199,12 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
                     raise FloatingPointError(f"validation loss {val_loss} at step {step}; {out} keeps the last good state")
                 if RANK == 0:
                     history[-1]["val_loss"] = val_loss
+                    if step == 0:
+                        for name in OF_ONE_RUN:
+                            (out / name).unlink(missing_ok=True)
                     if val_loss < best_loss:
                         best_loss = val_loss
                         save()
-                    if step == 0:  # what an earlier run has left here is not of these weights
-                        for name in ("resume.pt", "losses.csv", "losses.png"):
-                            (out / name).unlink(missing_ok=True)
                     print_line(f"{progress} | val {val_loss:.4f}")
                     history[-1] |= report() or {}
                     save_state()
@@ -216,8 +217,8 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             lr = scheduled_learning_rate(step, config)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
+            step_batches = list(itertools.islice(batches, n_micro_batches // WORLD_SIZE))
             loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
-            step_batches = list(itertools.islice(batches, n_micro_batches // WORLD_SIZE))  # of the next step, while a GPU works
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
             train_loss, stops = sum_over_processes([loss.item(), len(caught)], device)
             if not math.isfinite(train_loss + norm):
@@ -237,6 +238,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             if RANK == 0:
                 show_progress(progress)
         if RANK == 0:
+            write_losses(out / "losses.csv", history)
             plot_losses(history, out / "losses.png")
     return (caught or [signal.SIGTERM])[0] if step < config.steps else None  # the signal may have gone to another process
 
@@ -333,6 +335,11 @@ def sole_run(out):
                 folder.rmdir()  # only where it is empty
 
 
+# What belongs to the weights of one run, here and in finetune.py, and goes when --overwrite puts others in their place
+OF_ONE_RUN = ("resume.pt", "losses.csv", "losses.png", "accuracies.png", "responses.json")
+OF_ONE_RUN += ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
 def refuse_to_replace(out):
     if any((out / name).exists() for name in ("resume.pt", "config.json")):
         raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME keeps it")
@@ -360,6 +367,8 @@ def read_checkpoint(folder):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint.keys() != {"step", "best_loss", "history", "settings", "model", "optimizers"}:
             raise ValueError("not the state of a run")
+        if len(checkpoint["history"]) != checkpoint["step"] + 1 or not isinstance(checkpoint["settings"], dict):
+            raise ValueError("an inconsistent state")
         return checkpoint
     except Exception as error:  # torch takes damaged bytes for what they seem to be, and so it may fail in any way
         raise ValueError(f"{path}: damaged ({error!r:.100})") from None
@@ -434,7 +443,7 @@ def read_chunks(path, n_characters=2**20):
 
 def data_fingerprint(paths, tokenizer):
     """A name for files and vocabulary. It looks at place, size and time of a file, since reading it all may take hours."""
-    sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    sources = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return hashlib.sha256(json.dumps([sources, tokenizer.vocab]).encode()).hexdigest()
 
 
@@ -623,7 +632,7 @@ def pretrain(args, config, checkpoint, out, device):
     if args.bin:
         shards = [(path.name, read_tokens(path)) for path in files]
     else:
-        bin_path = out.with_name(f"{out.name}-{fingerprint[:8]}.bin")
+        bin_path = Path(f"{out}-{fingerprint[:8]}.bin")
         if RANK == 0:
             tokenize(files, tokenizer, bin_path)
         if WORLD_SIZE > 1:
@@ -652,7 +661,7 @@ def pretrain(args, config, checkpoint, out, device):
 
     # What the run needs to be resumed anywhere on this machine, spelled out
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"bin" if args.bin else "text": [str(path.resolve()) for path in files], "data": fingerprint}
+    settings |= {"bin" if args.bin else "text": [str(path.absolute()) for path in files], "data": fingerprint}
     if RANK == 0:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -680,7 +689,7 @@ def main():
             print(f"stopped; go on with: python train.py --resume {out}")
         else:
             print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "The old man"')
-    if WORLD_SIZE > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     if stopped_by:
         sys.exit(128 + stopped_by)

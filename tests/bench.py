@@ -49,7 +49,7 @@ args = parser.parse_args()
 device, config = torch.device(args.device), GPT2_CONFIGS[args.model]
 bf16, fp32, fast = torch.bfloat16, torch.float32, fast_dtype(device)
 ROWS, WINDOW = (4, 256) if device.type == "cpu" else (32, 1024)  # tokens of a training step
-STEPS = 12  # of which the first three warm up, compile and fill the allocator
+STEPS = 10  # of which the first three warm up, compile and fill the allocator
 PROMPT, NEW_TOKENS = list(range(8)), 100
 N_WEIGHTS = sum(p.numel() for p in GPT(config).parameters()) if args.measure else 0
 

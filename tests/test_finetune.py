@@ -471,18 +471,21 @@ def test_a_run_needs_its_base_no_more(monkeypatch, capsys, tmp_path, messages):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
 
 
-def test_overwritten_only_once_there_is_something_new(monkeypatch, capsys, tmp_path, messages):
+def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, tmp_path, messages):
     out = tmp_path / "out"
     args = ["classify", "--data", messages, "--out", out, *QUICK]
     assert run(monkeypatch, capsys, *args, "--lora-rank", 2)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(monkeypatch, capsys, *args, "--overwrite", "--batch-size", 0)[0] == 2
     assert run(monkeypatch, capsys, *args, "--overwrite", "--micro-batch-size", 3)[0] == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     with monkeypatch.context() as patch:
         patch.setattr("load_gpt2.os.replace", None)  # a disk that takes no more files
         with pytest.raises(TypeError):
             run(monkeypatch, capsys, *args, "--overwrite")
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # The old model is whole, and no state of the old run can be taken for that of the new one
+    assert after == {out / name: before[out / name] for name in ("config.json", "model.safetensors", "merges.txt", "vocab.json")}
     assert run(monkeypatch, capsys, *args, "--overwrite")[0] == 0
     assert not list(out.glob("adapter/*"))  # which was of the old run
 

@@ -367,6 +367,8 @@ def test_the_state_alone_is_enough_to_go_on(monkeypatch, capsys, quick, tmp_path
     out = tmp_path / "out"
     quick("out", "--steps", 4)
     before = read_losses(out / "losses.csv")
+    (out / "losses.csv").unlink()
+    assert run(monkeypatch, capsys, "--resume", out)[0] == 0 and read_losses(out / "losses.csv") == before
     (out / "losses.csv").write_text("nonsense")
     assert run(monkeypatch, capsys, "--resume", out, "--steps", 8)[0] == 0
     after = read_losses(out / "losses.csv")
@@ -375,6 +377,25 @@ def test_the_state_alone_is_enough_to_go_on(monkeypatch, capsys, quick, tmp_path
     (out / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
     code, _, error = run(monkeypatch, capsys, "--resume", out)
     assert code == 2 and error.startswith(f"error: {out / 'resume.pt'}: does not fit the model of ") and error.count("\n") == 1
+    state = torch.load(out / "resume.pt", weights_only=True)
+    for wrong in ({"history": []}, {"step": 9}, {"settings": None}, {"step": "8"}, {"model": None}, {"optimizers": [{}]}):
+        torch.save(state | wrong, out / "resume.pt")
+        code, _, error = run(monkeypatch, capsys, "--resume", out)
+        assert code == 2 and error.startswith(f"error: {out / 'resume.pt'}: ") and error.count("\n") == 1
+
+
+def test_run_in_the_folder_at_hand(monkeypatch, capsys, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(monkeypatch, capsys, "--out", ".", *QUICK)[0] == 0
+    code, _, error = run(monkeypatch, capsys, "--resume", ".", "--steps", 16)
+    assert code == 0, error
+
+
+def test_variables_of_other_launchers_say_nothing(monkeypatch, quick):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert len(quick("out")) == 13
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +483,7 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 
 def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
-    state = dict.fromkeys(("step", "best_loss", "history", "model", "optimizers")) | {"settings": {"command": "classify"}}
+    state = {"step": 0, "best_loss": 1.0, "history": [{}], "model": {}, "optimizers": [], "settings": {"command": "classify"}}
     torch.save(state, tmp_path / "resume.pt")
     code, _, error = run(monkeypatch, capsys, "--resume", tmp_path)
     assert code == 2 and "is a run of finetune.py: python finetune.py classify --resume" in error
@@ -486,6 +507,18 @@ def test_bin_takes_the_files_of_nanogpt_and_llmc(quick, tmp_path):
     second = quick("b", "--bin", tmp_path / "llmc" / "*.bin")
     assert first == second and len(first) == 13
     assert first != quick("c", "--bin", tmp_path / "nanogpt" / "train.bin")  # which is cut for validation then
+
+
+def test_links_keep_their_names_on_resume(monkeypatch, capsys, quick, tmp_path):
+    """As a cache of a hub has them: the name that says what a shard is for is that of the link"""
+    ids = load_gpt2(TINY)[1].encode(STORIES.read_text("utf-8"))
+    for name, blob, part in [("train", "a", ids[:2000]), ("val", "b", ids[2000:4000])]:
+        np.array(part, dtype=np.uint16).tofile(tmp_path / blob)
+        (tmp_path / f"{name}.bin").symlink_to(tmp_path / blob)
+    args = ["--out", tmp_path / "out", "--bin", tmp_path / "*.bin", *QUICK]
+    began = run(monkeypatch, capsys, *args)[1].split("\n")[0]
+    goes_on = run(monkeypatch, capsys, "--resume", tmp_path / "out")[1].split("\n")[0]
+    assert began == goes_on and "125 windows of 16 tokens" in began
 
 
 def test_text_takes_files_folders_and_globs(quick, tmp_path):

@@ -156,6 +156,7 @@ def put_weights(model, tensors, folder):
             raise ValueError(f"{folder}: {name} is missing")
         if not tensors[name].is_floating_point():
             raise ValueError(f"{folder}: {name} has whole numbers, {tensors[name].dtype}; quantized weights are not read")
+        # .T would print a warning where a damaged tensor has not two dimensions
         weights[name] = tensors[name].transpose(0, -1) if name.endswith(TRANSPOSED) else tensors[name]
         if weights[name].shape != parameter.shape:
             raise ValueError(f"{folder}: {name} is {list(tensors[name].shape)}, which is not what config.json says")

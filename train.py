@@ -91,7 +91,7 @@ def option(default, help):
 class TrainConfig:
     steps: int = option(200, "updates of the weights")
     batch_size: int = option(16, "rows in a step, over all processes")
-    micro_batch_size: int = option(0, "rows in the model at once; fewer take less memory. 0: all (on a CPU: 2,048 tokens)")
+    micro_batch_size: int = option(0, "rows in the model at once, to save memory; 0: all, or in train.py on a CPU 2,048 tokens")
     optimizer: str = option("adamw", "adamw, or muon, which takes over the matrices in the blocks")
     learning_rate: float = option(1e-3, "at its peak")
     warmup: int = option(20, "steps in which the learning rate grows to its peak")
@@ -238,7 +238,7 @@ def train(model, train_loader, val_loader, config, out, *, save, report=lambda: 
             if RANK == 0:
                 show_progress(progress)
         if RANK == 0:
-            write_losses(out / "losses.csv", history)
+            write_losses(out / "losses.csv", history)  # once more: an earlier end's may have been lost
             plot_losses(history, out / "losses.png")
     return (caught or [signal.SIGTERM])[0] if step < config.steps else None  # the signal may have gone to another process
 
@@ -396,7 +396,7 @@ def plot_losses(rows, path, names=("train_loss", "val_loss")):
 # from the fourth on whatever one likes: here how far tokenizing has come), then the ids as uint16.
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-HEADER = struct.Struct("<3i 4x 2q")  # magic, version, tokens up to 2^31 - 1, chunks of text, tokens
+HEADER = struct.Struct("<3i 2q")  # magic, version, tokens up to 2^31 - 1, chunks of text, tokens
 CHUNKS_AT_ONCE = 32  # in memory, of a million characters each: enough to keep many cores busy
 
 

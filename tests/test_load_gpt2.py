@@ -397,9 +397,11 @@ def test_gpt2_without_tokenizer_files_has_gpt2s_own(tmp_path):
         (lambda f: change_config(f, n_inner=100), "n_inner=100"),
         (lambda f: change_weights(f, **{"lm_head.weight": torch.zeros(320, 24)}), "lm_head.weight is not wte.weight"),
         (lambda f: change_weights(f, **{"transformer.ln_f.bias": None}), "ln_f.bias is missing"),
+        (lambda f: change_weights(f, **{"transformer.h.0.mlp.c_fc.weight": torch.zeros(1, 24, 96)}), "c_fc.weight is [1, 24, 96]"),
         (lambda f: (f / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:-1]), "model.safetensors"),
     ],
 )
+@pytest.mark.filterwarnings("error")  # which would be another line
 def test_damaged_folders_are_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, damage, message):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)

@@ -1,86 +1,62 @@
 """
-Finetuning: a GPT-2 becomes a classifier or an assistant, whole, in its last layers, or by LoRA, written out by hand.
+Finetuning: turn a GPT-2 into a classifier, or into an assistant that follows instructions, by
+training all of it, the last block, or LoRA adapters.
 
-    python train.py                                              first: out/stories, the model to start from
-    python finetune.py classify                                  data/messages.tsv -> out/spam
+    python train.py                                     first: makes out/stories, the default base
+    python finetune.py classify                         data/messages.tsv -> out/spam
     python finetune.py predict out/spam "You have won a prize"
-    python finetune.py instruct                                  data/instructions.json -> out/assistant
+    python finetune.py instruct                         data/instructions.json -> out/assistant
     python finetune.py chat out/assistant
-    python finetune.py judge out/assistant/responses.json --url http://localhost:11434/v1 --model llama3
-
+    python finetune.py judge out/assistant/responses.json --url http://localhost:11434/v1
     python finetune.py classify --init gpt2 --data reviews.csv --out out/reviews --lora-rank 16
 """
 
 import copy
 import csv
-import importlib.util
 import io
 import json
-import lzma
 import math
+import os
 import random
 import re
+import shutil
 import sys
 import textwrap
-import time
-import zipfile
-import zlib
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import requests
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
-from gpt import GPT, GPTConfig, ShuffledBatches, Tokenizer, create_dataloader
-from load_gpt2 import (
-    CommandLine,
-    default_device,
-    fast_dtype,
-    hf_config,
-    load_gpt2,
-    one_line_errors,
-    print_line,
-    put_weights,
-    read_config,
-    read_json,
-    read_safetensors,
-    read_tokenizer,
-    read_weights,
-    save_folder,
-    save_gpt2,
-    show_progress,
-    usable_device,
-    write_json,
-    write_safetensors,
-)
+import load_gpt2
+from gpt import GPT, GPTConfig, Tokenizer, create_dataloader, eval_mode
+from load_gpt2 import damaged, print_line, read_json, save_gpt2, show_progress, write_json
 from train import (
-    NOT_SETTINGS,
-    TrainConfig,
+    RunConfig,
+    add_options,
     find_files,
-    plot_losses,
+    option,
+    process_rank,
     read_checkpoint,
-    read_losses,
-    refuse_to_replace,
-    sole_run,
+    run_folder,
+    shuffled_rows,
+    start_processes,
     train,
 )
 
-DATA = Path(__file__).with_name("data")
-BASE = "out/stories"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Classification: what the model knows at the last token of a text, it knows of the whole text; a small matrix reads the
-# class from there.
+# --------------------------------------------------------------------------------------------------
+# Classification: a linear layer reads the class from the hidden state of the last token, the only
+# one that has attended to the whole text
 
 
 class GPTClassifier(nn.Module):
-    """A GPT whose last features are scored for each class. Parameter names are those of GPT2ForSequenceClassification."""
+    """GPT with a classification head. Parameter names are GPT2ForSequenceClassification's."""
 
     def __init__(self, gpt, n_classes):
         super().__init__()
@@ -90,189 +66,243 @@ class GPTClassifier(nn.Module):
 
     def forward(self, ids, lengths, labels=None):
         """
-        ids (B, T), of which each row's first `lengths` (B,) are text -> logits (B, classes); with labels (B,), the mean
-        cross-entropy. What stands after a text makes no difference: no token looks ahead, and the last one of the text is read.
+        ids (B, T), padded on the right; lengths (B,), the tokens of each text -> logits
+        (B, n_classes); with labels (B,), the mean cross-entropy. Padding has no effect: the causal
+        mask hides it from the text.
         """
         x = self.transformer.features(ids)  # (B, T, C)
-        x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
+        x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C), of the last tokens
         logits = self.score(x)
         return logits if labels is None else F.cross_entropy(logits, labels)
 
 
 class ClassificationDataset(list):
-    """(text, class) pairs -> (ids, class number); of a text that is too long, the beginning is kept. n_cut counts those."""
+    """
+    (text, label) pairs -> (ids, index of the class). Of texts that are too long, the beginning is
+    kept; n_truncated counts them.
+    """
 
     def __init__(self, rows, tokenizer, classes, context_length):
-        texts = [tokenizer.encode(text) for text, _ in rows]
-        super().__init__((torch.tensor(ids[:context_length]), classes.index(label)) for ids, (_, label) in zip(texts, rows))
-        self.n_cut = sum(len(ids) > context_length for ids in texts)
+        self.n_truncated = 0
+        for text, label in rows:
+            ids = tokenizer.encode(text)
+            self.n_truncated += len(ids) > context_length
+            self.append((torch.tensor(ids[:context_length]), classes.index(label)))
 
 
 def collate_texts(batch):
-    """Rows -> ids (B, T), padded on the right to the longest, lengths (B,), labels (B,)"""
+    """Rows of a ClassificationDataset -> ids (B, T), lengths (B,), labels (B,)"""
     ids, labels = zip(*batch)
-    return pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids]), torch.tensor(labels)
+    lengths = torch.tensor([len(row) for row in ids])
+    return pad_sequence(ids, batch_first=True), lengths, torch.tensor(labels)
 
 
 def save_classifier(model, tokenizer, classes, folder):
-    """Write what `AutoModelForSequenceClassification.from_pretrained(folder)` opens."""
-    config = hf_config(model.transformer.config, tokenizer, torch.float32) | {
+    """Write a folder that `AutoModelForSequenceClassification.from_pretrained` opens."""
+    config = load_gpt2.hf_config(model.transformer.config, tokenizer) | {
         "architectures": ["GPT2ForSequenceClassification"],
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
-        "pad_token_id": tokenizer.eot,  # never in a text, so transformers finds where each text ends
+        "pad_token_id": tokenizer.eot,  # never in a text, so that transformers finds the last token
     }
-    save_folder(folder, model.state_dict(), tokenizer, config)
+    load_gpt2.save_folder(folder, model.state_dict(), tokenizer, config)
 
 
 def load_classifier(folder):
-    """A folder that `save_classifier` wrote -> (GPTClassifier in eval mode, Tokenizer, names of the classes)"""
+    """A folder written by `save_classifier` -> (GPTClassifier in eval mode, Tokenizer, classes)"""
+    folder = Path(folder)
     path = folder / "config.json"
-    config, names = read_config(path), read_json(path).get("id2label")
-    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
-        raise ValueError(f'{path}: no classifier: "id2label" does not name its classes')
+    config = load_gpt2.read_config(path)
+    labels = read_json(path).get("id2label")
+    with damaged(path):
+        if labels is None:
+            raise ValueError("not a classifier: it has no id2label")
+        classes = [labels[str(i)] for i in range(len(labels))]
     with torch.device("meta"):
-        model = GPTClassifier(GPT(config), len(names)).eval()
-    put_weights(model, read_weights(folder, torch.float32), folder)
-    return model, read_tokenizer(folder, config), [names[str(i)] for i in range(len(names))]
+        model = GPTClassifier(GPT(config), len(classes))
+    load_gpt2.assign_weights(model, load_gpt2.read_weights(folder), folder)
+    return model.eval(), load_gpt2.read_tokenizer(folder, config.vocab_size), classes
 
 
 @torch.no_grad()
-def logits_and_labels(model, loader):
-    """(logits, labels) over all batches: (rows, classes) and (rows,), on the CPU"""
+def predict_all(model, loader):
+    """-> logits (n_rows, n_classes) and labels (n_rows,) of all batches, on the CPU"""
     device = model.score.weight.device
-    model.eval()
-    batches = [(model(ids.to(device), lengths.to(device)).cpu(), labels) for ids, lengths, labels in loader]
-    model.train()
-    return [torch.cat(parts) for parts in zip(*batches)]
+    with eval_mode(model):
+        batches = [(model(ids.to(device), n.to(device)).cpu(), labels) for ids, n, labels in loader]
+    logits, labels = zip(*batches)
+    return torch.cat(logits), torch.cat(labels)
 
 
 def accuracy(logits, labels):
     return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Instructions: a text with a form, of which the model learns to write the last part
+# --------------------------------------------------------------------------------------------------
+# Instruction tuning: language modeling on texts of one form, with the loss on the response only
 
 
 def format_prompt(entry):
-    """What the model reads before it answers, in the form of Stanford Alpaca (Taori et al. 2023)"""
-    context = ", paired with an input that provides further context" if entry.get("input") else ""
-    prompt = f"Below is an instruction that describes a task{context}. "
+    """The prompt of Stanford Alpaca (Taori et al. 2023), up to where the response begins"""
+    has_input = bool(entry.get("input"))
+    prompt = "Below is an instruction that describes a task"
+    prompt += ", paired with an input that provides further context. " if has_input else ". "
     prompt += "Write a response that appropriately completes the request.\n\n"
     prompt += f"### Instruction:\n{entry['instruction']}\n\n"
-    if entry.get("input"):
+    if has_input:
         prompt += f"### Input:\n{entry['input']}\n\n"
     return prompt + "### Response:\n"
 
 
 class InstructionDataset(list):
     """
-    Entries -> (ids, targets) of prompt, response and end-of-text, both (T,). The prompt is no target: what is asked is given.
-    Of a row that is too long the end is cut (n_cut), and one whose prompt leaves no room to answer is left out (n_left_out).
+    Entries {instruction, input, output} -> (ids, targets), (T,) each, of prompt, response and
+    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end (n_truncated
+    counts them); those without room for a response are left out. `entries` are those of the rows.
     """
 
     def __init__(self, entries, tokenizer, context_length, train_on_prompt=False):
-        self.entries, self.n_cut, self.n_left_out = [], 0, 0
+        self.entries = []
+        self.n_truncated = 0
         for entry in entries:
             prompt = tokenizer.encode(format_prompt(entry))
             ids = prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot]
             if len(prompt) > context_length:
-                self.n_left_out += 1
                 continue
-            self.n_cut += len(ids) > context_length + 1
+            self.n_truncated += len(ids) > context_length + 1
             ids = torch.tensor(ids[: context_length + 1])
-            inputs, targets = ids[:-1], ids[1:].clone()
+            targets = ids[1:].clone()
             if not train_on_prompt:
-                targets[: len(prompt) - 1] = -100  # the last token of the prompt has the first of the response as its target
-            self.append((inputs, targets))
+                # The target of the last prompt token is the first token of the response
+                targets[: len(prompt) - 1] = -100
+            self.append((ids[:-1], targets))
             self.entries.append(entry)
 
 
 def collate_instructions(batch):
-    """Rows -> ids (B, T), padded on the right to the longest, and targets (B, T), -100 in the padding"""
+    """Rows of an InstructionDataset -> ids (B, T) and targets (B, T), -100 in the padding"""
     ids, targets = zip(*batch)
-    return pad_sequence(ids, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
+    targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+    return pad_sequence(ids, batch_first=True), targets
 
 
-def answer(model, tokenizer, entries, max_new_tokens, batch_size=32):
-    """The likeliest response to each entry, in batches of like lengths; an answer ends where the context does."""
-    limit = model.config.context_length
+def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
+    """Greedy responses to entries. A response ends at the latest where the context does."""
+    context_length = model.config.context_length
     prompts = [tokenizer.encode(format_prompt(entry)) for entry in entries]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [None] * len(prompts)
+    responses = [""] * len(prompts)
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        room = min(max_new_tokens, limit + 1 - len(prompts[rows[0]]))  # the last token is not read, and takes no place
-        batch = model.generate([prompts[i] for i in rows], room, temperature=0, eos_id=tokenizer.eot)
-        for i, ids in zip(rows, batch):
-            answers[i] = tokenizer.decode(ids[: limit + 1 - len(prompts[i])]).strip()
-    return answers
+        # The last new token is not read again, so it needs no place in the context
+        room = [context_length + 1 - len(prompts[i]) for i in rows]
+        new_ids = model.generate(
+            [prompts[i] for i in rows],
+            min(max_new_tokens, max(room)),
+            temperature=0,
+            eos_id=tokenizer.eot,
+        )
+        for i, ids, n in zip(rows, new_ids, room):
+            responses[i] = tokenizer.decode(ids[:n]).strip()
+    return responses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA (Hu et al. 2021): what finetuning adds to a matrix is nearly of low rank. So the matrix stays as it is, and beside it
-# the product of two thin ones is learned: W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank).
+# --------------------------------------------------------------------------------------------------
+# LoRA (low-rank adaptation, Hu et al. 2021): the change that finetuning makes to a matrix W has a
+# low rank. So W is frozen, and the product of two thin matrices is learned beside it:
+# W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank).
 
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc")
 
 
 class LoRALinear(nn.Linear):
-    """A frozen nn.Linear with a trained detour of low rank. Its weight and bias keep their names."""
+    """A frozen nn.Linear with a trained low-rank adapter. Its weight and bias keep their names."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=self.weight.device, dtype=self.weight.dtype)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=self.weight.device, dtype=self.weight.dtype)
-        nn.init.zeros_(self.lora_B.weight)  # at first the detour adds nothing; A is random, so that B has a gradient
+        self.weight = linear.weight
+        self.bias = linear.bias
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **like)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **like)
+        nn.init.zeros_(
+            self.lora_B.weight
+        )  # the adapter starts as 0; A is random, so B has a gradient
         self.lora_dropout = nn.Dropout(dropout)
-        self.rank, self.alpha = rank, alpha
-        self.scale = alpha / rank  # so that a good learning rate stays good at another rank
+        self.rank = rank
+        self.alpha = alpha
+        self.scale = alpha / rank  # the same learning rate suits every rank
 
     def forward(self, x):
         return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
 
 
 def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
-    """Freeze the model, and give every nn.Linear with one of these names ("c_attn", or longer "h.0.attn.c_attn") a LoRA."""
-    if not 1 <= rank < 2**16 or not 0 <= dropout <= 1:
-        raise ValueError(f"LoRA with rank={rank}, dropout={dropout}: they must be 1 to 65535, and 0 to 1")
+    """
+    Freeze a model in place and give each nn.Linear with a name in targets ("c_attn", or longer, as
+    "h.0.attn.c_attn") an adapter. Raises ValueError for a target that no layer has.
+    """
+    if rank < 1:
+        raise ValueError(f"the LoRA rank {rank} is not positive")
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for target in targets:
-        names = [name for name in linears if ("." + name).endswith("." + target)]
+        names = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not names:
-            raise ValueError(f"LoRA is for {', '.join(LORA_TARGETS)}, not {target}")
+            raise ValueError(f"no linear layer is called {target}; LoRA is for {LORA_TARGETS}")
         for name in names:
-            model.set_submodule(name, LoRALinear(linears[name], rank, alpha, dropout))
+            model.set_submodule(name, LoRALinear(layers[name], rank, alpha, dropout))
     return model
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add every detour to its matrix and take it away: the same function, as an ordinary model."""
-    for name, lora in [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
+    """Add the adapters to their matrices, in place: an ordinary model that computes the same."""
+    for name, lora in lora_layers(model).items():
         linear = nn.Linear(lora.in_features, lora.out_features, device="meta")
-        linear.weight = nn.Parameter(lora.weight + lora.scale * lora.lora_B.weight @ lora.lora_A.weight)
+        delta = lora.scale * lora.lora_B.weight @ lora.lora_A.weight
+        linear.weight = nn.Parameter(lora.weight + delta)
         linear.bias = lora.bias
         model.set_submodule(name, linear)
     return model
 
 
-# In PEFT's files a name is base_model.model.transformer.h.0 ...: PEFT's wrapper, the model with a head, the GPT
+def lora_layers(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+# In PEFT's files, names start with its wrapper and the model with its head: base_model.model.
 PEFT_PREFIX = "base_model.model."
 
+# What PEFT's adapter_config.json may hold besides r, lora_alpha and lora_dropout: keys that do not
+# change what is computed (the names of the tensors say which layers have adapters), and values that
+# leave other variants of LoRA off. Everything else is refused.
+PEFT_IGNORED = {
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "target_modules", "task_type"),
+}
+PEFT_ALLOWED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+    "modules_to_save": (None, ["score"], ["classifier", "score"]),
+}
 
-def save_lora(model, folder, base):
-    """Write what `peft.PeftModel.from_pretrained(base_model, folder)` opens: the adapter alone, and a classifier's head."""
+
+def save_lora(model, folder, base, classes=None):
+    """
+    Write the adapters, and the head of a classifier, for `peft.PeftModel.from_pretrained`.
+    base: the name or folder of the model without adapters. classes: of a classifier.
+    """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     is_classifier = isinstance(model, GPTClassifier)
-    prefix = PEFT_PREFIX + ("" if is_classifier else "transformer.")
-    trained = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name or name == "score.weight"}
-    write_safetensors(folder / "adapter_model.safetensors", {prefix + name: tensor for name, tensor in trained.items()})
-    loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    lora = next(iter(loras.values()))  # all are alike
+    prefix = PEFT_PREFIX if is_classifier else f"{PEFT_PREFIX}transformer."
+    tensors = model.state_dict().items()
+    tensors = {name: t for name, t in tensors if ".lora_" in name or name == "score.weight"}
+    layers = lora_layers(model)
+    lora = next(iter(layers.values()))  # all have the same settings
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
@@ -280,436 +310,471 @@ def save_lora(model, folder, base):
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.lora_dropout.p,
-        "target_modules": list(loras),
+        "target_modules": list(layers),
         "modules_to_save": ["score"] if is_classifier else None,
-        "fan_in_fan_out": True,  # transformers holds GPT-2's matrices as (in, out)
+        "fan_in_fan_out": True,  # transformers stores GPT-2's matrices as (in, out)
         "bias": "none",
         "inference_mode": True,
     }
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    load_gpt2.write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
+    if classes:
+        write_json(folder / "classes.json", {"classes": classes})
 
 
 def load_lora(model, folder):
-    """Put an adapter that `save_lora` or PEFT wrote onto a model. Raises ValueError for kinds that are not computed here."""
-    path = folder / "adapter_config.json"
+    """
+    Add the adapters that `save_lora` or PEFT wrote to a model, in place. Raises ValueError for a
+    variant of LoRA that is not computed here, or tensors that do not fit the model.
+    """
+    path = Path(folder) / "adapter_config.json"
     config = read_json(path)
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if not all(type(number) in (int, float) for number in (rank, alpha, dropout)):
-        raise ValueError(f"{path}: r, lora_alpha or lora_dropout is missing, or no number")
-    variants = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, variants)):
-        raise ValueError(f"{path}: only plain LoRA is computed here: no biases, one rank, none of {', '.join(variants)}")
-
-    path = folder / "adapter_model.safetensors"
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_safetensors(path).items()}
-    if not isinstance(model, GPTClassifier):
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    targets = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    try:
-        add_lora(model, rank, alpha, dropout, targets)
+    with damaged(path):
+        settings = [config.pop(name) for name in ("r", "lora_alpha", "lora_dropout")]
+        for name in config.keys() - PEFT_IGNORED:
+            if config[name] not in PEFT_ALLOWED.get(name, (None, False, {}, [])):
+                raise ValueError(f"{name}={config[name]} is not supported, only plain LoRA")
+    path = Path(folder) / "adapter_model.safetensors"
+    with damaged(path):
+        prefix = PEFT_PREFIX if isinstance(model, GPTClassifier) else f"{PEFT_PREFIX}transformer."
+        tensors = load_gpt2.read_safetensors(path)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        suffix = ".lora_A.weight"
+        add_lora(model, *settings, [n.removesuffix(suffix) for n in tensors if n.endswith(suffix)])
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    for name in unexpected + [name for name in missing if ".lora_" in name]:
-        raise ValueError(f"{path}: {name} is missing, or has no place in this model")
+        misfits = unexpected + [name for name in missing if ".lora_" in name]
+        if misfits:
+            raise ValueError(f"{misfits[0]} is missing, or has no place in the model")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: files of rows, checked row by row, for a wrong row is better met by name than by a loss that does not fall
-
-TEXT_COLUMNS = ("text", "message", "sentence", "review", "content")
-LABEL_COLUMNS = ("label", "class", "category", "target", "sentiment")
+# --------------------------------------------------------------------------------------------------
+# Data
 
 
-def read_records(source, folder, columns=()):
+def read_rows(source, folder, columns, optional=()):
     """
-    A file, or a URL (fetched once, into `folder`), or a zip with one of them -> list of (where it stands, {column: value}).
-    .json: a list of objects; .jsonl: one on each line; .csv; and what is none of these has tabs, as the UCI collection has. A
-    table whose first line holds none of `columns` has no header, and is label and text.
+    A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json: a list of objects;
+    .jsonl: an object in each line; .csv; .tsv: without a header, its columns are label and text.
+    Raises ValueError with the number of the row for a value that is missing, empty or not a text.
     """
-    path, *more = find_files([source], folder)
-    if more:
-        raise ValueError(f"{source}: one file is needed, and here are {1 + len(more)}")
-    name, data = path.name, path.read_bytes()
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                member = max(archive.infolist(), key=lambda info: info.file_size)  # the rest are readmes
-                name, data = member.filename, archive.read(member)
-        text = data.decode("utf-8-sig")
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or not a UTF-8 text ({error})") from None
-    suffix = re.search(r"\.(jsonl?|csv)(?![a-z])", name.lower())
-    if suffix is None or suffix[1] == "csv":
-        rows = read_table(text, path, columns, has_commas=suffix is not None)
-    elif suffix[1] == "jsonl":
-        rows = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(where, parse_json(line, where)) for where, line in rows]
-    else:
-        rows = parse_json(text, path)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: not a list of rows")
-        rows = [(f"{path}, row {n}", record) for n, record in enumerate(rows, 1)]
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    for where, record in rows:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: not an object with named values")
-        if re.search(r"[\ud800-\udfff]", "".join(map(str, record.values()))):
-            raise ValueError(f"{where}: half a character, which is no text")
-    return rows
+    (path,) = find_files([source], folder)
+    with damaged(path):
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        else:
+            header = text.partition("\n")[0].rstrip("\r").split("\t")
+            names = None if columns[0] in header else ("label", "text")
+            lines = io.StringIO(text, newline="")
+            rows = list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no rows")
+        for i, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or None in row:
+                raise ValueError(f"row {i} does not have the columns of the others")
+            for column in columns:
+                value = row.get(column)
+                if not isinstance(value, (str, int)) or not str(value).strip():
+                    raise ValueError(f"row {i}: {column} is {value!r:.50}")
+        return [
+            {c: str(row[c]) for c in columns} | {c: str(row.get(c) or "") for c in optional}
+            for row in rows
+        ]
 
 
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: damaged JSON ({error})") from None
-
-
-def read_table(text, path, columns, has_commas):
-    csv.field_size_limit(2**31 - 1)  # texts may be long
-    # In a file with tabs, quotes are part of the text
-    style = {} if has_commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **style)
-    try:
-        lines = [(reader.line_num, cells) for cells in reader if any(cells)]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    header = ["label", "text"]
-    if lines and any(cell.lower() in columns for cell in lines[0][1]):
-        header = lines.pop(0)[1]
-    if len(set(header)) < len(header):
-        raise ValueError(f"{path}, line 1: two columns have the same name")
-    for n, cells in lines:
-        if len(cells) != len(header):
-            raise ValueError(f"{path}, line {n}: {len(cells)} columns, not the {len(header)} of {', '.join(header)}")
-    return [(f"{path}, line {n}", dict(zip(header, cells))) for n, cells in lines]
-
-
-def read_texts(source, folder, text_column=None, label_column=None):
-    """-> list of (where, text, label), all str"""
-    text_columns = [text_column.lower()] if text_column else TEXT_COLUMNS
-    label_columns = [label_column.lower()] if label_column else LABEL_COLUMNS
-    rows = []
-    for where, record in read_records(source, folder, (*text_columns, *label_columns)):
-        values = []
-        for what, columns, kinds in [("text", text_columns, str), ("label", label_columns, (str, int))]:
-            found = [value for name, value in record.items() if name.lower() in columns]
-            if len(found) != 1:
-                raise ValueError(f"{where}: {len(found)} columns are named {' or '.join(columns)}; --{what}-column says which")
-            if not isinstance(found[0], kinds) or not str(found[0]).strip():
-                raise ValueError(f"{where}: {found[0]!r:.50} is no {what}")
-            values.append(str(found[0]))
-        rows.append((where, *values))
-    return rows
-
-
-def read_instructions(source, folder):
-    """-> list of {instruction, input, output}, all str"""
-    entries = []
-    for where, record in read_records(source, folder, ("instruction", "output")):
-        entry = {"instruction": record.get("instruction"), "input": record.get("input") or "", "output": record.get("output")}
-        for key, value in entry.items():
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: {key!r} is {'missing' if value is None else 'not a text'}")
-            if key != "input" and not value.strip():
-                raise ValueError(f"{where}: {key!r} is empty")
-        entries.append(entry)
-    return entries
-
-
-def split_by_class(rows, classes, seed, balance):
-    """(where, text, label) rows -> 70, 10 and 20 % of each class for training, validation and test, as (text, label) pairs"""
+def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
+    """
+    -> training, validation and test: of every 20 rows, n_val are for validation and n_test for the
+    test. Rows with the same key are spread evenly (a stratified split).
+    """
     rng = random.Random(seed)
-    groups = [[row for row in rows if row[2] == name] for name in classes]
-    for group in groups:
-        if len(group) < 3:
-            where, _, label = group[0]
-            raise ValueError(f"{where}: the class {label!r} has less than 3 rows, one each for training, validation and test")
-        rng.shuffle(group)
-    if balance:
-        groups = [group[: min(map(len, groups))] for group in groups]
+    rows = rng.sample(rows, len(rows))
+    rows.sort(key=key)  # is stable: rows with the same key stay shuffled
     parts = [], [], []
-    for group in groups:
-        n_val, n_test = max(1, len(group) // 10), max(1, len(group) // 5)
-        parts[0].extend(group[n_val + n_test :])
-        parts[1].extend(group[:n_val])
-        parts[2].extend(group[n_val : n_val + n_test])
+    for i, row in enumerate(rows):
+        place = 7 * i % 20  # so that the first few rows already reach all parts
+        parts[1 if place < n_val else 2 if place < n_val + n_test else 0].append(row)
     for part in parts:
         rng.shuffle(part)
-    return [[(text, label) for _, text, label in part] for part in parts]
+    if not all(parts):
+        raise ValueError(f"{len(rows)} rows are too few for training, validation and test")
+    return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The commands
-
-# What --init random is: so small that a thousand short messages do not suffice to learn them by heart at once
-RANDOM = GPTConfig(1024, context_length=128, n_layer=2, n_head=4, n_embd=128)
-
-
-def fill_in(args, config):
-    """What the command line left open, by the size of the model"""
-    # Smaller than any published GPT-2, it knows little: all of it has to learn, and be kept from learning the rows by heart
-    is_small = config.n_embd < GPTConfig.n_embd
-    if args.dropout is None:
-        args.dropout = 0.3 if is_small else 0.1
-    if args.learning_rate is None:  # at which a large model would forget what it knows, but adapters do not
-        args.learning_rate = 1e-3 if is_small or args.lora_rank else 5e-5
-    if args.command == "classify" and args.train is None:
-        args.train = "all" if is_small else "last"
-    if args.context_length is None:
-        args.context_length = config.context_length
-        if args.command == "instruct" and not args.lora_rank:  # which cannot learn new positions
-            args.context_length = max(256, config.context_length)  # in a small vocabulary the prompt alone takes a hundred
-
-
-def load_base(args, texts):
+def order_by_length(lengths, batch_size, seed):
     """
-    The model to start from; it decides what `args` leave open. Positions that it does not know are random, and `texts` teach
-    random weights their vocabulary.
+    For `shuffled_rows`: a function, number of the epoch -> the rows in random order, but each batch
+    of rows with like lengths. On texts of a line or two, this saves a third of the padded tokens.
     """
-    if args.init == BASE and not Path(BASE).exists():
-        raise ValueError(f"{BASE}: no such folder; `python train.py` makes it, or name another model with --init")
-    torch.manual_seed(args.seed)
-    if args.init == "random":
-        tokenizer = Tokenizer.train("\n".join(texts), RANDOM.vocab_size)
-        config, weights = replace(RANDOM, vocab_size=tokenizer.vocab_size), None
+    n_rows = len(lengths)
+
+    def order(epoch):
+        rng = np.random.default_rng([seed, epoch])
+        # Lengths change by up to a fifth, so that the same rows do not meet in every epoch
+        by_length = np.argsort(lengths * rng.uniform(1, 1.2, n_rows))
+        # The last batch of the epoch before is completed by the first rows of this one
+        first = -epoch * n_rows % batch_size
+        starts = range(first, n_rows - batch_size + 1, batch_size)
+        result = by_length.copy()
+        for here, there in zip(starts, rng.permutation(starts)):
+            result[here : here + batch_size] = by_length[there : there + batch_size]
+        return result
+
+    return order
+
+
+# --------------------------------------------------------------------------------------------------
+# One way to start, train and save, for both tasks
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    steps: int | None = option(None, "instead of --epochs", type=int, may_change=True)
+    learning_rate: float | None = option(
+        None, "its peak (default: 1e-3 for LoRA and small models, else 5e-5)", type=float
+    )
+    eval_every: int | None = option(None, "steps between validations (default: an epoch)", type=int)
+    epochs: float = option(10.0, "how often each row is seen", may_change=True)
+    init: str = option("out/stories", "the base model: a folder, a name on the hub, or random")
+    data: str = option("", "file or URL with the rows", may_change=True)
+    context_length: int | None = option(None, "tokens per row (default: the model's)", type=int)
+    dropout: float | None = option(None, "default: 0.1; small models 0.3", type=float)
+    lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
+    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
+    lora_dropout: float = option(0.05, "dropout before the adapters")
+    lora_targets: tuple = option(LORA_TARGETS, "layers with adapters", nargs="+", type=str)
+
+
+# --init random: so small that it does not learn a thousand short texts by heart at once
+RANDOM_CONFIG = GPTConfig(1024, context_length=128, n_layer=2, n_head=4, n_embd=128)
+
+
+def create_base(config, texts):
+    """
+    -> GPT, Tokenizer, the config with its defaults that depend on the model filled in.
+    Positions beyond the context of the base are random. texts: to learn a vocabulary, for random.
+    """
+    torch.manual_seed(config.seed)
+    if config.init == "random":
+        tokenizer = Tokenizer.train("\n".join(texts), RANDOM_CONFIG.vocab_size)
+        sizes = replace(RANDOM_CONFIG, vocab_size=tokenizer.vocab_size)
+        weights = None
+    elif config.init == FinetuneConfig.init and not Path(config.init).exists():
+        raise ValueError(
+            f"{config.init} does not exist: make it with `python train.py`, or use --init"
+        )
     else:
-        base, tokenizer = load_gpt2(args.init)
-        config, weights = base.config, base.state_dict()
-    fill_in(args, config)
-    known = config.context_length
-    if args.lora_rank and args.context_length > known:
-        raise ValueError(f"--context-length {args.context_length}: {args.init} has {known} positions, and LoRA learns no more")
-    model = GPT(replace(config, dropout=args.dropout, context_length=args.context_length))
+        base, tokenizer = load_gpt2.load_gpt2(config.init)
+        sizes = base.config
+        weights = base.state_dict()
+    # A small model knows little: all of it has to learn, with much dropout against overfitting
+    is_small = sizes.n_embd < GPTConfig.n_embd
+    if config.dropout is None:
+        config = replace(config, dropout=0.3 if is_small else 0.1)
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=1e-3 if is_small or config.lora_rank else 5e-5)
+    if config.context_length is None:
+        config = replace(config, context_length=sizes.context_length)
+    if config.lora_rank and config.context_length > sizes.context_length:
+        raise ValueError(
+            f"LoRA cannot learn more positions than the base has: {sizes.context_length}"
+        )
+    sizes = replace(sizes, dropout=config.dropout, context_length=config.context_length)
+    model = GPT(sizes)
     if weights is not None:
-        weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight[known:].detach()])[: args.context_length]
+        positions = weights["wpe.weight"][: config.context_length]
+        new_positions = model.wpe.weight.detach()[len(positions) :]
+        weights["wpe.weight"] = torch.cat([positions, new_positions])
         model.load_state_dict(weights)
-    return model, tokenizer
+    if config.lora_rank:
+        alpha, dropout = config.lora_alpha, config.lora_dropout
+        add_lora(model, config.lora_rank, alpha, dropout, config.lora_targets)
+    return model, tokenizer, config
 
 
-def load_model(args, texts, checkpoint):
-    """The model to train: the base, or its like for a run that goes on (`train` gives it its weights); and its adapters"""
-    if checkpoint is None:
-        model, tokenizer = load_base(args, texts)
-    else:
-        model, tokenizer = GPT(replace(read_config(args.out / "config.json"), dropout=args.dropout)), Tokenizer.load(args.out)
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    return model, tokenizer
+def by_length(rows, batch_size, collate_fn):
+    """A loader of all rows for evaluation, short ones first, which saves padding"""
+    return create_dataloader(
+        sorted(rows, key=lambda r: len(r[0])), batch_size, collate_fn=collate_fn
+    )
 
 
-def check_unchanged(rows, args):
-    """A new run notes the checksum of its rows; one that goes on must have the same, or it may be tested on what it learned."""
-    checksum = zlib.crc32(repr(rows).encode())
-    if vars(args).setdefault("checksum", checksum) != checksum:
-        raise ValueError(f"{args.data} is not what it was when the run in {args.out} began; start anew, with --overwrite")
+def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save, report):
+    """Train a model on datasets (training, validation); save(model) gets merged LoRA weights."""
+    training, validation = datasets
+    steps_per_epoch = len(training) / config.batch_size
+    steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
+    eval_every = config.eval_every or math.ceil(steps_per_epoch)
+    config = replace(config, steps=steps, eval_every=eval_every)
+    lengths = np.array([len(ids) for ids, _ in training])
+    order = order_by_length(lengths, config.batch_size, config.seed)
 
-
-class LikeLengths(ShuffledBatches):
-    """ShuffledBatches, but each group of `group_size` rows, those of one step, is of like lengths, which saves padding."""
-
-    def __init__(self, lengths, batch_size, seed, group_size):
-        super().__init__(len(lengths), batch_size, seed)
-        self.lengths, self.group_size = np.asarray(lengths), group_size
-
-    def order(self, epoch):
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.n_rows)
-        # Lengths count up to a fifth more, by chance, or the same rows would meet in every epoch
-        by_length = order[np.argsort(self.lengths[order] * rng.uniform(1, 1.2, self.n_rows))]
-        order = by_length.copy()
-        # Where an epoch ends amid a group, the next begins with the rows that fill it: of 10 rows in groups of 4, with 2
-        first = -epoch * self.n_rows % self.group_size
-        groups = range(first, self.n_rows - self.group_size + 1, self.group_size)
-        for here, there in zip(groups, rng.permutation(groups)):
-            order[here : here + self.group_size] = by_length[there : there + self.group_size]
-        return order
-
-
-def measuring_loader(rows, batch_size, collate_fn):
-    """All rows once, the short ones first, so that little is padded"""
-    return create_dataloader(sorted(rows, key=lambda row: len(row[0])), batch_size, collate_fn=collate_fn)
-
-
-def finetune(model, training, validation, collate_fn, args, checkpoint, *, save, report):
-    """Train what asks for a gradient, by train.train; `save` gets the model with its adapters merged. If stopped, end here."""
-    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    n_all = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(training)} rows to learn from, {len(validation)} for validation; {args.device}")
-    print(f"{n_trained:,} of {n_all:,} parameters are trained")
-
-    steps_per_epoch = len(training) / max(1, args.batch_size)  # TrainConfig refuses what is below 1
-    args.steps = math.ceil(args.epochs * steps_per_epoch)
-    args.eval_every = args.eval_every or math.ceil(steps_per_epoch)
-    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-
-    batch_size = args.micro_batch_size or args.batch_size
-    batches = LikeLengths([len(ids) for ids, _ in training], batch_size, args.seed, group_size=args.batch_size)
-    train_loader = DataLoader(training, batch_sampler=batches, collate_fn=collate_fn, pin_memory=torch.cuda.is_available())
-    val_loader = measuring_loader(validation, batch_size, collate_fn)
+    def get_batch(step):
+        rows = shuffled_rows(step, len(training), config.batch_size, order)
+        return collate_fn([training[row] for row in rows])
 
     def save_best():
-        save(merge_lora(copy.deepcopy(model)) if args.lora_rank else model)
-        if args.lora_rank:
-            save_lora(model, args.out / "adapter", args.init)
+        for name in ("adapter", "responses.json"):  # those of earlier weights
+            path = config.out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        save(merge_lora(copy.deepcopy(model)) if config.lora_rank else model)
 
-    options = {"save": save_best, "report": report, "settings": settings, "checkpoint": checkpoint}
-    stopped_by = train(model, train_loader, val_loader, config, args.out, **options)
-    print(f"peak memory {peak_memory(args.device):.2f} GB")
+    if process_rank()[0] == 0:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        print(f"{len(training)} rows for training, {len(validation)} for validation")
+        print(f"{trained:,} of {total:,} parameters are trained; {config.device}")
+    val_loader = by_length(validation, config.micro_batch_size or config.batch_size, collate_fn)
+    stopped_by = train(
+        model, get_batch, val_loader, config, config.out, save=save_best, report=report,
+        settings=settings, checkpoint=checkpoint,
+    )  # fmt: skip
     if stopped_by:
-        print(f"stopped; go on with: python finetune.py {args.command} --resume {args.out}")
+        if process_rank()[0] == 0:
+            print("stopped; the same command goes on")
         sys.exit(128 + stopped_by)
 
 
-def peak_memory(device):
-    """GB that the program held at most, on the GPU where it ran there, else in all"""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return math.nan
-    import resource
+# --------------------------------------------------------------------------------------------------
+# The commands
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+DATA = Path(__file__).with_name("data")
 
 
-def classify(args, checkpoint):
-    """Learn to put texts into classes."""
-    rows = read_texts(args.data, args.out.parent, args.text_column, args.label_column)
-    check_unchanged([row[1:] for row in rows], args)
-    n_rows = Counter(label for _, _, label in rows)
-    classes = sorted(n_rows, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))  # 2 before 10
-    if len(classes) < 2:
-        raise ValueError(f"{args.data}: one class only, {classes[0]!r}")
-    parts = split_by_class(rows, classes, args.seed, args.balance)
-
-    gpt, tokenizer = load_model(args, [text for text, _ in parts[0]], checkpoint)
-    if not args.lora_rank:
-        gpt.requires_grad_(args.train == "all")
-        if args.train == "last":  # what makes the features that the head reads
-            gpt.h[-1].requires_grad_()
-            gpt.ln_f.requires_grad_()
-    model = GPTClassifier(gpt, len(classes)).to(args.device)  # the head is trained in any case
-
-    limit = gpt.config.context_length
-    datasets = [ClassificationDataset(part, tokenizer, classes, limit) for part in parts]
-    training, validation, _ = datasets
-    counts = ", ".join(f"{n_rows[name]} {name}" for name in classes)
-    balanced = f"; {min(n_rows.values())} of each are used" if args.balance else ""
-    print(f"{counts}{balanced}; {sum(d.n_cut for d in datasets)} longer than {limit} tokens, and cut there")
-    loaders = [measuring_loader(dataset, 32, collate_texts) for dataset in datasets]
-    training_sample = measuring_loader(training[: len(validation)], 32, collate_texts)
-    curve_loaders = {"train_accuracy": training_sample, "val_accuracy": loaders[1]}
-
-    def save(model_to_save):
-        save_classifier(model_to_save, tokenizer, classes, args.out)
-
-    def report():
-        row = {name: accuracy(*logits_and_labels(model, loader)) for name, loader in curve_loaders.items()}
-        print(f"    accuracy: training {row['train_accuracy']:.1%}, validation {row['val_accuracy']:.1%}")
-        return row
-
-    if checkpoint is None:
-        print_scores("before", [logits_and_labels(model, loader) for loader in loaders])
-    finetune(model, training, validation, collate_texts, args, checkpoint, save=save, report=report)
-    plot_losses(read_losses(args.out / "losses.csv"), args.out / "accuracies.png", ("train_accuracy", "val_accuracy"))
-
-    best = load_classifier(args.out)[0].to(args.device)
-    scores = [logits_and_labels(best, loader) for loader in loaders]
-    print_scores("after", scores)
-    print_confusion(*scores[2], classes)
-    print(f'{args.out} is a classifier: python finetune.py predict {args.out} "{parts[2][0][0][:40]}"')
+@dataclass(frozen=True)
+class ClassifyConfig(FinetuneConfig):
+    data: str = option(str(DATA / "messages.tsv"), "file or URL with texts", may_change=True)
+    out: Path = option(Path("out/spam"), "folder of the run", may_change=True)
+    text_column: str = option("text", "column of the texts")
+    label_column: str = option("label", "column of the classes")
+    balance: bool = option(False, "use equally many rows of each class", action="store_true")
+    train: str | None = option(
+        None,
+        "what to train; last: the last block (default: last; all of a small model)",
+        choices=["head", "last", "all"],
+        type=str,
+    )
 
 
-def print_scores(when, scores):
+def classify(config):
+    """Learn to classify texts."""
+    device = start_processes(config.device)
+    with run_folder(config.out):
+        columns = (config.text_column, config.label_column)
+        rows = read_rows(config.data, config.out.parent, columns)
+        rows = [(row[config.text_column], row[config.label_column]) for row in rows]
+        counts = Counter(label for _, label in rows)
+        classes = sorted(counts, key=lambda name: (len(name) if name.isdecimal() else 0, name))
+        if config.balance:
+            n_each = min(counts.values())
+            by_class = [[row for row in rows if row[1] == name] for name in classes]
+            rows = [row for group in by_class for row in group[:n_each]]
+        parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
+        if len(classes) < 2 or {label for _, label in parts[0]} != set(classes):
+            raise ValueError(f"{config.data}: needs two classes or more, and several rows of each")
+
+        gpt, tokenizer, filled = create_base(config, [text for text, _ in parts[0]])
+        settings, checkpoint = read_checkpoint(config.out, config, (rows, tokenizer.vocab))
+        model = GPTClassifier(gpt, len(classes))
+        if not config.lora_rank:
+            is_small = gpt.config.n_embd < GPTConfig.n_embd
+            what = config.train or ("all" if is_small else "last")
+            gpt.requires_grad_(what == "all")
+            if what == "last":
+                gpt.h[-1].requires_grad_()
+                gpt.ln_f.requires_grad_()
+        elif config.train:
+            raise ValueError("--train and --lora-rank exclude each other: LoRA trains its adapters")
+        model.to(device)
+        context_length = gpt.config.context_length
+        datasets = [ClassificationDataset(p, tokenizer, classes, context_length) for p in parts]
+        loaders = [by_length(dataset, 32, collate_texts) for dataset in datasets]
+        is_main = process_rank()[0] == 0
+        if is_main:
+            print(", ".join(f"{counts[name]} {name}" for name in classes), end="; ")
+            print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
+            if not checkpoint:
+                print_scores("before", model, loaders)
+
+        def save(merged):
+            save_classifier(merged, tokenizer, classes, config.out)
+            if config.lora_rank:
+                save_lora(model, config.out / "adapter", config.init, classes)
+
+        def report():
+            n_val = len(datasets[1])
+            sample = by_length(datasets[0][:n_val], 32, collate_texts)
+            loaders_by_name = {"train_accuracy": sample, "val_accuracy": loaders[1]}
+            return {n: accuracy(*predict_all(model, x)) for n, x in loaders_by_name.items()}
+
+        finetune(
+            filled, model, datasets[:2], collate_texts, checkpoint, settings,
+            save=save, report=report,
+        )  # fmt: skip
+        if is_main:
+            best, _, _ = load_classifier(config.out)
+            best.to(device)
+            print_scores("after", best, loaders)
+            print_confusion(*predict_all(best, loaders[2]), classes)
+            print(f'finished: python finetune.py predict {config.out} "{parts[2][0][0][:40]}"')
+
+
+def print_scores(when, model, loaders):
     print(f"\n{when:12}    loss  accuracy")
-    for name, (logits, labels) in zip(("training", "validation", "test"), scores):
-        print(f"  {name:12}{F.cross_entropy(logits, labels):6.3f}  {accuracy(logits, labels):8.2%}")
+    for name, loader in zip(("training", "validation", "test"), loaders):
+        logits, labels = predict_all(model, loader)
+        loss = F.cross_entropy(logits, labels)
+        print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
     print()
 
 
 def print_confusion(logits, labels, classes):
-    """Which class was taken for which, and how far each can be trusted"""
+    """Rows: the true classes; columns: what they were predicted as"""
     n = len(classes)
-    matrix = torch.bincount(n * labels + logits.argmax(dim=1), minlength=n * n).view(n, n)  # [class, what it was taken for]
-    n_there, n_guessed, n_right = matrix.sum(dim=1), matrix.sum(dim=0), matrix.diag()
-    print(f"always {classes[n_there.argmax()]!r} would be right in {n_there.max() / n_there.sum():.2%} of the test\n")
-    width = max(8, *(len(name) + 3 for name in classes))
-    print(" " * width + "".join(f"{'as ' + name:>{width + 2}}" for name in classes) + "  precision  recall")
-    for i, name in enumerate(classes):
-        cells = "".join(f"{count:{width + 2}}" for count in matrix[i].tolist())
-        print(f"{name:>{width}}{cells}  {n_right[i] / n_guessed[i].clamp(min=1):9.1%}  {n_right[i] / n_there[i]:6.1%}")
-    print()
+    matrix = torch.bincount(n * labels + logits.argmax(dim=1), minlength=n * n).view(n, n)
+    width = max(8, *(len(name) + 2 for name in classes))
+    header = "".join(f"{name:>{width}}" for name in (*classes, "recall"))
+    print(f"{'':{width}}{header}")
+    for name, row, right in zip(classes, matrix, matrix.diag()):
+        cells = "".join(f"{n:{width}}" for n in row.tolist())
+        print(f"{name:>{width}}{cells}{right / row.sum():{width}.1%}")
+    precision = matrix.diag() / matrix.sum(dim=0).clamp(min=1)
+    print(f"{'precision':>{width}}" + "".join(f"{p:{width}.1%}" for p in precision) + "\n")
 
 
-def predict(args):
-    """Say the class of texts."""
-    model, tokenizer, classes = load_classifier(args.folder)
-    texts = args.texts or sys.stdin.read().rstrip("\n").split("\n")
-    for n, text in enumerate(texts, 1):
-        if not text.strip():
-            raise ValueError(f"text {n} is empty")
-    rows = [(text, classes[0]) for text in texts]  # any class; it is not looked at
-    dataset = ClassificationDataset(rows, tokenizer, classes, model.transformer.config.context_length)
-    if dataset.n_cut:
-        print(f"{dataset.n_cut} of {len(texts)} texts are too long, and read only in part", file=sys.stderr)
-    logits, _ = logits_and_labels(model.to(args.device), create_dataloader(dataset, 32, collate_fn=collate_texts))
+@dataclass(frozen=True)
+class InstructConfig(FinetuneConfig):
+    data: str = option(str(DATA / "instructions.json"), "file or URL with rows", may_change=True)
+    out: Path = option(Path("out/assistant"), "folder of the run", may_change=True)
+    epochs: float = option(3.0, "how often each row is seen", may_change=True)
+    batch_size: int = option(8, "rows per update, over all processes")
+    train_on_prompt: bool = option(False, "no -100 in the prompts", action="store_true")
+    compare: bool = option(
+        False, "write the responses of the base too", action="store_true", may_change=True
+    )
+    max_new_tokens: int = option(256, "longest response", may_change=True)
+
+
+def instruct(config):
+    """Learn to follow instructions."""
+    device = start_processes(config.device)
+    with run_folder(config.out):
+        columns = ("instruction", "output")
+        entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
+        parts = split_rows(entries, config.seed, n_val=1, n_test=2)
+        texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
+        model, tokenizer, filled = create_base(config, texts)
+        settings, checkpoint = read_checkpoint(config.out, config, (entries, tokenizer.vocab))
+        model.to(device)
+        context_length = model.config.context_length
+        datasets = [
+            InstructionDataset(part, tokenizer, context_length, config.train_on_prompt)
+            for part in parts
+        ]
+        if not all(datasets):
+            raise ValueError(f"{config.data}: too few rows fit into {context_length} tokens")
+        training, validation, test = datasets
+        is_main = process_rank()[0] == 0
+        if is_main:
+            print(f"{len(entries)} rows, {sum(map(len, datasets))} fit into the context", end=", ")
+            print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
+
+        def save(merged):
+            save_gpt2(merged, tokenizer, config.out)
+            if config.lora_rank:
+                save_lora(model, config.out / "adapter", config.init)
+
+        def show_sample():
+            entry = validation.entries[0]
+            (response,) = respond(model, tokenizer, [entry], config.max_new_tokens)
+            text = f"{entry['instruction']} {entry['input']}\n-> {response}"
+            print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+            return {}
+
+        finetune(
+            filled, model, [training, validation], collate_instructions, checkpoint, settings,
+            save=save, report=show_sample,
+        )  # fmt: skip
+        if is_main:
+            dtype = load_gpt2.fast_dtype(device)
+            best, _ = load_gpt2.load_gpt2(config.out, device=device, dtype=dtype)
+            results = [dict(entry) for entry in test.entries]
+            models = {"response": best}
+            if config.compare:
+                base, _, _ = create_base(config, texts)
+                models["base_response"] = base.to(device, dtype)
+            for name, model in models.items():
+                responses = respond(model, tokenizer, test.entries, config.max_new_tokens)
+                for result, response in zip(results, responses):
+                    result[name] = response
+            write_json(config.out / "responses.json", results)
+            for result in results[:3]:
+                print("\n" + "\n".join(f"{key:>13}: {text}" for key, text in result.items()))
+            print(f"\nall in {config.out}/responses.json; python finetune.py chat {config.out}")
+
+
+def predict(folder, texts, adapter, device):
+    """Print the class of texts, or of the lines of standard input."""
+    if adapter:
+        gpt, tokenizer = load_gpt2.load_gpt2(folder)
+        classes = read_json(Path(adapter) / "classes.json")["classes"]
+        model = merge_lora(load_lora(GPTClassifier(gpt, len(classes)), adapter))
+    else:
+        model, tokenizer, classes = load_classifier(folder)
+    texts = texts or sys.stdin.read().rstrip("\n").split("\n")
+    if not all(text.strip() for text in texts):
+        raise ValueError("a text is empty")
+    rows = [(text, classes[0]) for text in texts]  # the class is not used
+    dataset = ClassificationDataset(
+        rows, tokenizer, classes, model.transformer.config.context_length
+    )
+    if dataset.n_truncated:
+        print(f"{dataset.n_truncated} texts are truncated", file=sys.stderr)
+    loader = create_dataloader(dataset, 32, collate_fn=collate_texts)
+    logits, _ = predict_all(model.to(device), loader)
     for text, probs in zip(texts, logits.softmax(dim=1)):
         print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
 
 
-def instruct(args, checkpoint):
-    """Learn to answer instructions."""
-    entries = read_instructions(args.data, args.out.parent)
-    check_unchanged(entries, args)
-    if len(entries) < 3:
-        raise ValueError(f"{args.data}: {len(entries)} rows, but training, validation and test need one each")
-    random.Random(args.seed).shuffle(entries)
-    n_val, n_test = max(1, len(entries) // 20), max(1, len(entries) // 10)
-    parts = entries[n_val + n_test :], entries[:n_val], entries[n_val : n_val + n_test]
-    texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
-    model, tokenizer = load_model(args, texts, checkpoint)
-    model.to(args.device)
-
-    limit = model.config.context_length
-    datasets = [InstructionDataset(part, tokenizer, limit, args.train_on_prompt) for part in parts]
-    n_cut, n_left_out = sum(d.n_cut for d in datasets), sum(d.n_left_out for d in datasets)
-    print(f"{len(entries)} rows; of {limit} tokens that fit, {n_cut} had more and were cut, {n_left_out} had no room to answer")
-    if not all(datasets):
-        raise ValueError(f"{args.data}: too few rows fit into {limit} tokens; --context-length takes more")
-    training, validation, test = datasets
-
-    def save(model_to_save):
-        save_gpt2(model_to_save, tokenizer, args.out)
-
-    def show_sample():
-        entry = validation.entries[0]
-        (response,) = answer(model, tokenizer, [entry], args.max_new_tokens)
-        print(textwrap.indent(f"{entry['instruction']} {entry['input']}\n-> {response}", "    "), end="\n\n", flush=True)
-
-    finetune(model, training, validation, collate_instructions, args, checkpoint, save=save, report=show_sample)
-
-    dtype = fast_dtype(args.device)
-    best, start = load_gpt2(args.out, device=args.device, dtype=dtype)[0], time.perf_counter()
-    responses = answer(best, tokenizer, test.entries, args.max_new_tokens)
-    results = [entry | {"response": response} for entry, response in zip(test.entries, responses)]
-    print(f"{len(results)} answers in {time.perf_counter() - start:.1f} s")
-    if args.compare:
-        base = load_base(args, texts)[0].to(args.device, dtype)
-        for result, response in zip(results, answer(base, tokenizer, test.entries, args.max_new_tokens)):
-            result["base_response"] = response
-    write_json(args.out / "responses.json", results)
-    for result in results[:3]:
+def chat(folder, adapter, temperature, top_k, max_new_tokens, device):
+    """Give instructions to a model."""
+    model, tokenizer = load_gpt2.load_gpt2(folder)
+    if adapter:
+        model = merge_lora(load_lora(model, adapter))
+    model.to(device, load_gpt2.fast_dtype(device)).eval()
+    print("Each line is an instruction of its own. Ctrl-C stops a response, Ctrl-D ends the chat.")
+    while True:
+        try:
+            instruction = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            continue
+        if not instruction:
+            continue
+        prompt = format_prompt({"instruction": instruction})
+        room = model.config.context_length + 1 - len(tokenizer.encode(prompt))
+        if room < 1:
+            print("The instruction is too long for the context of the model.")
+            continue
+        n_tokens = min(max_new_tokens, room)
+        options = {"temperature": temperature, "top_k": top_k}
+        try:
+            for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **options):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" ...", end="")
         print()
-        for key, value in result.items():
-            print(f"{key:>13}: {value}")
-    print(f"\n{args.out / 'responses.json'} has all of them; to talk: python finetune.py chat {args.out}")
 
 
-JUDGE_PROMPT = """Score how well a response follows an instruction, from 0 (not at all) to 100 (perfectly).
+JUDGE_PROMPT = """Score how well a response follows an instruction, from 0 (not at all) to 100.
 
 Instruction: {instruction}
 Input: {input}
@@ -719,181 +784,82 @@ Response to be scored: {response}
 Answer with the number alone."""
 
 
-def judge(args):
-    """Have a model on a server score answers."""
-    records = read_records(args.responses, Path())
-    kinds = [kind for kind in ("response", "base_response") if kind in records[0][1]] or ["response"]
-    for where, record in records:
-        for key in ("instruction", "input", "output", *kinds):
-            if not isinstance(record.get(key), str):
-                raise ValueError(f"{where}: {key!r} is missing, or not a text")
+def judge(responses, url, model):
+    """Score responses with a larger model on a server that has OpenAI's chat API."""
+    kinds = ["response", "base_response"]
+    columns = ("instruction", "output", "response")
+    rows = read_rows(responses, Path("."), columns, optional=("input", "base_response"))
     for kind in kinds:
         scores = []
-        for n, (where, record) in enumerate(records, 1):
-            prompt = JUDGE_PROMPT.format(**record | {"response": record[kind]})
-            scores.append(ask(args.url, args.model, prompt, where))
-            show_progress(f"{kind}: {n} of {len(records)}")
-        given = [number for number in scores if number is not None]
-        if not given:
-            raise ValueError(f"{args.url}: none of {len(scores)} replies was a number from 0 to 100")
-        print_line(f"{kind}: mean {sum(given) / len(given):.1f} of {len(given)} scores, {len(scores)} asked for")
+        for i, row in enumerate(rows, 1):
+            if row[kind]:
+                prompt = JUDGE_PROMPT.format(**row | {"response": row[kind]})
+                scores.append(ask_for_score(url, model, prompt))
+                show_progress(f"{kind}: {i} of {len(rows)}")
+        valid = [score for score in scores if score is not None]
+        if valid:
+            mean = sum(valid) / len(valid)
+            print_line(
+                f"{kind}: mean score {mean:.1f} of {len(valid)} (of {len(scores)} asked for)"
+            )
+        elif scores:
+            raise ValueError(f"{url}: none of {len(scores)} answers is a number from 0 to 100")
 
 
-def ask(url, model, prompt, where):
-    """One question to a server that speaks OpenAI's language -> the number in its reply, or None where there is none"""
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "seed": 1}
-    try:
-        response = requests.post(url.rstrip("/") + "/chat/completions", json=body, timeout=300)  # large judges are slow
-        response.raise_for_status()
-        reply = response.json()["choices"][0]["message"]["content"]
-        reply = re.sub(r"(?s)<think>.*?(</think>|$)", "", str(reply))
-        number = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", reply)  # such as "85", "Score: 85/100."
-    except (requests.RequestException, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{url}: {error!r:.200}, at {where}") from None
-    return float(number[1]) if number and float(number[1]) <= 100 else None
-
-
-def chat(args):
-    """Talk to a model."""
-    model, tokenizer = load_gpt2(args.folder, device=args.device, dtype=fast_dtype(args.device))
-    limit = model.config.context_length
-    print("Ctrl-C stops an answer, Ctrl-D ends the talk.")
-    turns = []  # [question, answer]
-    while True:
-        try:
-            question = input("\n> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            continue
-        if not question:
-            continue
-        turns.append([question, ""])
-        # The oldest turns are forgotten where they leave too little room for an answer
-        while len(ids := tokenizer.encode(talk(turns))) > limit - min(args.max_new_tokens, limit // 4) and len(turns) > 1:
-            del turns[0]
-        if len(ids) > limit:
-            print(f"That is too long: with its form it has {len(ids)} tokens, and {limit} fit.")
-            turns.clear()
-            continue
-        options = {"temperature": args.temperature, "top_k": args.top_k, "eos_id": tokenizer.eot}
-        new_ids = model.stream(ids, min(args.max_new_tokens, limit + 1 - len(ids)), **options)
-        try:
-            for piece in tokenizer.decode_stream(new_ids):
-                turns[-1][1] += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" ...", end="")
-        print()
-
-
-def talk(turns):
-    """Turns of (question, answer) as one text; the prompt's first words stand once"""
-    parts = [format_prompt({"instruction": question}) + response for question, response in turns]
-    first_words = parts[0][: parts[0].index("###")]
-    return first_words + "\n\n".join(part.removeprefix(first_words) for part in parts)
-
-
-COMMANDS = {f.__name__: f for f in (classify, predict, instruct, judge, chat)}
-
-
-def parse_arguments():
-    """The command line -> what it says, and the parser of its command"""
-    parser = CommandLine(description="Finetune a GPT-2, and use what came of it.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {name: commands.add_parser(name, help=f.__doc__, description=f.__doc__) for name, f in COMMANDS.items()}
-    for name, data, out, epochs, batch_size in [
-        ("classify", "messages.tsv", "out/spam", 10.0, 16),
-        ("instruct", "instructions.json", "out/assistant", 3.0, 8),
-    ]:
-        add = parsers[name].add_argument
-        add("--init", default=BASE, help="start from this GPT-2, a folder or a published name, or from 'random' weights")
-        add("--data", default=str(DATA / data), metavar="FILE", help="rows to learn from, a file or a URL")
-        add("--out", type=Path, default=Path(out), help="folder for all that the run writes")
-        add("--overwrite", action="store_true", help="replace the run that is in --out")
-        add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder, with all its settings")
-        add("--context-length", type=int, help="tokens of a row that are read (default: the model's; instruct grows it to 256)")
-        add("--dropout", type=float, help="share of activations dropped in training (default: 0.1, in small models 0.3)")
-        add("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank instead of the weights. 0: none")
-        add("--lora-alpha", type=float, default=16.0, help="what the adapters add is multiplied by alpha / rank")
-        add("--lora-dropout", type=float, default=0.05, help="share of inputs dropped before the adapters")
-        add("--lora-targets", nargs="+", default=list(LORA_TARGETS), help="names of the matrices that get adapters")
-        add("--epochs", type=float, default=epochs, help="how often every row is learned from")
-        for f in fields(TrainConfig):
-            if f.name not in ("steps", "learning_rate", "eval_every"):
-                add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
-        parsers[name].set_defaults(batch_size=batch_size)
-        add("--learning-rate", type=float, help="at its peak (default: 1e-3 for LoRA and small models, else 5e-5)")
-        add("--eval-every", type=int, help="steps from one validation and checkpoint to the next (default: an epoch)")
-
-    add = parsers["classify"].add_argument
-    add("--text-column", help=f"name of the column with the texts (default: {', '.join(TEXT_COLUMNS)})")
-    add("--label-column", help=f"name of the column with the classes (default: {', '.join(LABEL_COLUMNS)})")
-    add("--balance", action="store_true", help="use as many rows of each class as the rarest has")
-    add("--train", choices=["head", "last", "all"],
-        help="the weights to train; last: head, final norm and last block (default: last; all of a small model)")  # fmt: skip
-
-    add = parsers["instruct"].add_argument
-    add("--train-on-prompt", action="store_true", help="learn to write the prompts too")
-    add("--compare", action="store_true", help="write the answers of the model that was the start, too")
-    add("--max-new-tokens", type=int, default=256, help="longest answer")
-
-    add = parsers["predict"].add_argument
-    add("folder", type=Path, help="what classify wrote, such as out/spam")
-    add("texts", nargs="*", help="texts; with none, each line of the standard input is one")
-
-    add = parsers["judge"].add_argument
-    add("responses", nargs="?", default="out/assistant/responses.json", help="what instruct wrote")
-    add("--url", default="http://localhost:11434/v1", help="where an OpenAI-compatible server listens; this is Ollama's")
-    add("--model", default="llama3", help="the server's name of the model that judges")
-
-    add = parsers["chat"].add_argument
-    add("folder", type=Path, nargs="?", default=Path("out/assistant"), help="what instruct wrote, or any GPT-2 folder")
-    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
-    add("--top-k", type=int, default=50, help="sample among the k likeliest tokens")
-    add("--max-new-tokens", type=int, default=256, help="longest answer")
-
-    for name in ("classify", "predict", "instruct", "chat"):
-        parsers[name].add_argument("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
-
-    args = parser.parse_args()
-    return args, parsers[args.command]
-
-
-def begin(args, parser):
-    """Settle the start of a new run -> None; or, with --resume, take over the settings of an old one -> its state"""
-    if args.command == "classify" and args.train and args.lora_rank:
-        parser.error("--train and --lora-rank do not go together: LoRA trains its adapters, and the head")
-    if not args.resume:
-        if not args.overwrite:
-            refuse_to_replace(args.out)
-        for name in ("init", "data"):
-            if Path(getattr(args, name)).exists():
-                setattr(args, name, str(Path(getattr(args, name)).resolve()))  # so that it can be resumed from anywhere
-        if args.init == str(args.out.resolve()):
-            parser.error(f"--init and --out are both {args.out}; the new model needs a folder of its own")
-        return None
-    for name, value in vars(args).items():
-        if value != parser.get_default(name) and name not in ("command", "resume", "device"):
-            parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
-    checkpoint = read_checkpoint(args.resume)
-    if checkpoint["settings"].get("command") != args.command:
-        raise ValueError(f"{args.resume / 'resume.pt'}: not the state of a run of {args.command}")
-    vars(args).update(checkpoint["settings"], out=args.resume)
-    return checkpoint
+def ask_for_score(url, model, prompt):
+    """-> the number in the answer of the server, or None"""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = f"{url.rstrip('/')}/chat/completions"
+    response = requests.post(url, json=body, headers=headers, timeout=300)  # large models are slow
+    with damaged(url):
+        if not response.ok:
+            raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
+        answer = str(response.json()["choices"][0]["message"]["content"])
+    answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
+    match = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", answer)
+    return float(match[1]) if match and float(match[1]) <= 100 else None
 
 
 def main():
-    args, parser = parse_arguments()
-    command = COMMANDS[args.command]
-    if command not in (classify, instruct):
-        return command(args)
-    checkpoint = begin(args, parser)
-    with sole_run(args.out):
-        command(args, checkpoint)
+    parser = load_gpt2.CommandLine(description="Finetune a GPT-2, and use the result.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    functions = {f.__name__: f for f in (classify, instruct, predict, chat, judge)}
+    parsers = {
+        name: commands.add_parser(name, help=f.__doc__, description=f.__doc__)
+        for name, f in functions.items()
+    }
+    configs = {"classify": ClassifyConfig, "instruct": InstructConfig}
+    for name, config_class in configs.items():
+        add_options(parsers[name], config_class)
+
+    for name, default in (("predict", "out/spam"), ("chat", "out/assistant")):
+        add = parsers[name].add_argument
+        add("folder", nargs="?" if name == "chat" else None, default=default, help="of the model")
+        add("--adapter", metavar="FOLDER", help="LoRA adapters for it, of save_lora or PEFT")
+        device = load_gpt2.default_device()
+        add("--device", type=load_gpt2.usable_device, default=device, help="cpu, cuda or mps")
+    parsers["predict"].add_argument("texts", nargs="*", help="default: lines of standard input")
+    add = parsers["chat"].add_argument
+    add("--temperature", type=float, default=0.7, help="0 always takes the most likely token")
+    add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
+    add("--max-new-tokens", type=int, default=256, help="longest response")
+    add = parsers["judge"].add_argument
+    add("responses", nargs="?", default="out/assistant/responses.json", help="written by instruct")
+    add("--url", default="http://localhost:11434/v1", help="of the server; this is Ollama's")
+    add("--model", default="llama3", help="name of the judge on the server")
+
+    args = vars(parser.parse_args())
+    command = args.pop("command")
+    if command in configs:
+        functions[command](configs[command](**args))
+    else:
+        functions[command](**args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with load_gpt2.one_line_errors():
         main()

@@ -1,309 +1,325 @@
 """
-Pretraining, and the one training loop through which everything here is trained.
+Pretraining, and the training loop that finetuning uses too.
 
-    python train.py                                             data/stories.txt -> out/stories, in a minute or two
+    python train.py                                                 data/stories.txt -> out/stories
     python train.py --text book.txt --model gpt2 --out out/book
-    python train.py --resume out/book
-    torchrun --nproc_per_node=8 train.py --bin 'fineweb/*.bin' --model gpt2
+    python train.py --bin 'data/corpus/*.bin' --model gpt2          token files
+    torchrun --nproc_per_node=8 train.py --text book.txt            several GPUs
+
+The same command, given again, goes on where a run was stopped.
 """
 
 import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import glob
 import hashlib
-import itertools
-import json
 import math
 import os
 import re
 import signal
-import struct
 import sys
 import textwrap
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, default_collate
 
-from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, complete_file, create_dataloader
-from load_gpt2 import (
-    CommandLine,
-    default_device,
-    download,
-    fast_dtype,
-    fcntl,
-    load_gpt2,
-    one_line_errors,
-    print_line,
-    read_config,
-    save_gpt2,
-    show_progress,
-    usable_device,
-)
+import load_gpt2
+from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, create_dataloader, eval_mode
+from load_gpt2 import complete_file, damaged, print_line, show_progress
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes: torchrun starts them and says through the environment who is who; one process alone is rank 0 of 1
-
-RANK, WORLD_SIZE = 0, 1
+# --------------------------------------------------------------------------------------------------
+# Settings: the fields of a dataclass are also the options of the command line
 
 
-def start_processes(device):
-    """Join the processes that torchrun started -> the device of this one"""
-    global RANK, WORLD_SIZE
-    if not dist.is_torchelastic_launched():
-        return torch.device(device)
-    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # The others wait while rank 0 tokenizes, which may take hours
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
-    return torch.device(device)
+def option(default, help, *, may_change=False, **for_argparse):
+    """may_change: whether a run can go on with another value."""
+    for_argparse |= {"default": default, "help": help}
+    if "action" not in for_argparse:
+        for_argparse.setdefault("type", type(default))
+    return field(default=default, metadata={"argparse": for_argparse, "may_change": may_change})
 
 
-def sum_over_processes(numbers, device):
-    if WORLD_SIZE == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def add_options(parser, config_class):
+    for f in fields(config_class):
+        parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata["argparse"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop. It knows nothing of language: a batch is the tuple of the model's arguments, targets last, with -100 for what
-# does not count; the model returns the mean loss over the rest.
-
-
-def option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(200, "updates of the weights")
-    batch_size: int = option(16, "rows in a step, over all processes")
-    micro_batch_size: int = option(0, "rows in the model at once, to save memory; 0: all, or in train.py on a CPU 2,048 tokens")
-    optimizer: str = option("adamw", "adamw, or muon, which takes over the matrices in the blocks")
-    learning_rate: float = option(1e-3, "at its peak")
-    warmup: int = option(20, "steps in which the learning rate grows to its peak")
-    weight_decay: float = option(0.1, "pull of matrices towards 0")
-    grad_clip: float = option(1.0, "a longer gradient is scaled down to this length")
-    eval_every: int = option(50, "steps from one validation, sample and checkpoint to the next")
-    dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, what the device does fastest")
+    steps: int = option(200, "updates of the weights", may_change=True)
+    batch_size: int = option(16, "rows per update, over all processes")
+    micro_batch_size: int | None = option(
+        None, "rows in the model at once, to save memory (default: all)", type=int, may_change=True
+    )
+    optimizer: str = option("adamw", "muon is for the matrices in the blocks; adamw or muon")
+    learning_rate: float = option(1e-3, "its peak, after warmup")
+    warmup: int = option(20, "steps in which the learning rate rises")
+    weight_decay: float = option(0.1, "of matrices")
+    grad_clip: float = option(1.0, "the largest gradient norm; above, gradients are scaled down")
+    eval_every: int = option(50, "steps from one validation, sample and saved state to the next")
+    dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, the faster one")
     seed: int = option(1, "of weights, shuffling, dropout and samples")
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size, self.eval_every) < 1 or min(self.micro_batch_size, self.warmup, self.seed) < 0:
-            raise ValueError("steps, batch size and eval-every must be at least 1, and no number may be negative")
-        if not (self.learning_rate > 0 and self.grad_clip > 0 and self.weight_decay >= 0):
-            raise ValueError("learning rate and grad-clip must be above 0, and weight decay not below")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} is more than 32 bits")
+        sizes = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every)
+        if min(n for n in sizes if n is not None) < 1 or not self.grad_clip > 0:
+            raise ValueError("steps, batch sizes, eval-every and grad-clip must be positive")
         if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer={self.optimizer} is not adamw or muon")
+            raise ValueError(f"optimizer {self.optimizer} is not adamw or muon")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype} is not float32, bfloat16 or auto")
+            raise ValueError(f"dtype {self.dtype} is not auto, float32 or bfloat16")
 
 
-def scheduled_learning_rate(step, config):
-    """Linear warmup, then half a cosine down to a tenth of the peak (Brown et al. 2020, appendix B); step counts from 0"""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+@dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    out: Path | None = option(None, "folder of the run", type=Path, may_change=True)
+    overwrite: bool = option(
+        False, "replace the run in this folder", action="store_true", may_change=True
+    )
+    device: str = option(
+        load_gpt2.default_device(),
+        "cpu, cuda or mps",
+        type=load_gpt2.usable_device,
+        may_change=True,
+    )
 
 
-def create_optimizers(model, config):
+# --------------------------------------------------------------------------------------------------
+# The training loop. A batch is the tuple of the model's arguments, targets last; the model returns
+# the mean loss over the targets that are not -100. Nothing here knows about language.
+
+
+def train(
+    model, get_batch, val_loader, config, out, *, save, report=dict, settings=None, checkpoint=None
+):
     """
-    AdamW, with weight decay on matrices only: a LayerNorm or a bias pulled to 0 would lose its meaning. With muon, the matrices
-    in the blocks are left to Muon (Jordan 2024), which makes each update nearly orthogonal; its length is scaled to that of
-    AdamW's (Liu et al. 2025, section 2.2).
+    Train a model on the device where it is.
+
+    get_batch: a function, number of the step -> its batch. It must depend on nothing else, so that
+        a resumed run repeats what an uninterrupted one does; see `shuffled_rows`.
+    Before the first step, every eval_every steps and at the end: compute the mean loss over
+    val_loader (an iterable of batches), call save() if it is the lowest so far and report() for
+    more columns of losses.csv, and write losses.csv and resume.pt. settings and checkpoint: from
+    `read_checkpoint`.
+
+    Ctrl-C and SIGTERM save and stop the run after the current step; then the signal is returned,
+    else None. Raises FloatingPointError for a loss that is not finite.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for_muon = [name for name, p in trained.items() if config.optimizer == "muon" and ".h." in "." + name and p.dim() == 2]
-    in_blocks = [trained.pop(name) for name in for_muon]
-    groups = [
-        {"params": [p for p in trained.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)]
-    if in_blocks:
-        optimizers.append(torch.optim.Muon(in_blocks, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-def train(model, train_loader, val_loader, config, out, *, save, report=lambda: None, settings=None, checkpoint=None):
-    """
-    Train `model`, on the device where it is. The batch_sampler of `train_loader` is a ShuffledBatches, of micro-batches.
-
-    At the start, the end and every eval_every steps: the loss over `val_loader`; `save()` where it is the lowest so far;
-    `report()`, which may show something and return {name: number}, more columns for losses.csv; then out/losses.csv and
-    out/resume.pt, with `settings`. What an earlier run has left in `out` goes before the first save.
-    A step depends on the state, the seed and its own number alone: a run that goes on from a `checkpoint` (see read_checkpoint)
-    repeats to the last bit what it would have done. Ctrl-C and SIGTERM end it after the current step, with its state saved.
-
-    Returns the number of the signal that stopped it, or None. Raises FloatingPointError at a loss that is not finite.
-    """
+    out = Path(out)
+    rank, world_size = process_rank()
     device = next(model.parameters()).device
-    batch_sampler = train_loader.batch_sampler
-    if config.batch_size % (batch_sampler.batch_size * WORLD_SIZE):
-        raise ValueError(
-            f"a batch of {config.batch_size} rows does not divide into micro-batches of {batch_sampler.batch_size} "
-            f"for {WORLD_SIZE} process(es)"
-        )
-    n_micro_batches = config.batch_size // batch_sampler.batch_size  # in a step, over all processes
+    dtype = config.dtype
+    dtype = load_gpt2.fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model, config)
-    step, best_loss, history = 0, math.inf, [{"step": 0}]  # history: the rows of losses.csv
-    if checkpoint is not None:
-        try:
+    step = 0
+    best_loss = math.inf
+    history = [{"step": 0}]  # the rows of losses.csv
+    if checkpoint:
+        with damaged(out / "resume.pt"):
             model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{out / 'resume.pt'}: does not fit the model of {out / 'config.json'} ({error!s:.100})") from None
-        step, best_loss, history = checkpoint["step"], checkpoint["best_loss"], checkpoint["history"]
-    parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+        step, best_loss, history = (checkpoint[name] for name in ("step", "best_loss", "history"))
+    parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
-    batch_sampler.first, batch_sampler.every = step * n_micro_batches + RANK, WORLD_SIZE
-    batches = iter(train_loader)
 
     def save_state():
-        write_losses(out / "losses.csv", history)
-        state = {"step": step, "best_loss": best_loss, "history": history, "settings": settings or {}}
-        state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        with complete_file(out / "resume.pt") as part:
-            try:
-                torch.save(state, part)
-            except RuntimeError as error:  # so torch says that the disk is full
-                raise OSError(f"{part}: cannot be written ({error!s:.60}); is the disk full?") from None
+        if rank == 0:
+            state = {"step": step, "best_loss": best_loss, "history": history}
+            state |= {"settings": settings, "model": model.state_dict()}
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            write_state(out, state)
 
-    progress, stops = f"step {step:5d}/{config.steps}", 0
-    first_step, start, tokens = step, time.perf_counter(), 0  # since the last validation
-    with catch_signals() as caught:
+    if step == 0:
+        save_state()  # the folder now belongs to this run
+    last_validation = step if step > 0 else None  # its results are in the checkpoint
+    progress = f"step {step:5d}/{config.steps}"
+    first_step = step
+    n_tokens = seconds = 0
+    with catch_signals() as signals:
         while True:
             is_due = step % config.eval_every == 0 or step == config.steps
-            if is_due and "val_loss" not in history[-1]:  # a run that goes on has it from before
+            if is_due and step != last_validation:
                 val_loss = evaluate(model, val_loader, autocast)
                 if not math.isfinite(val_loss):
-                    raise FloatingPointError(f"validation loss {val_loss} at step {step}; {out} keeps the last good state")
-                if RANK == 0:
-                    history[-1]["val_loss"] = val_loss
-                    if step == 0:
-                        for name in OF_ONE_RUN:
-                            (out / name).unlink(missing_ok=True)
+                    raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
+                history[-1]["val_loss"] = val_loss
+                if rank == 0:
                     if val_loss < best_loss:
-                        best_loss = val_loss
                         save()
                     print_line(f"{progress} | val {val_loss:.4f}")
-                    history[-1] |= report() or {}
-                    save_state()
-                first_step, start, tokens = step, time.perf_counter(), 0
-            elif stops and RANK == 0:
+                    history[-1] |= report()
+                best_loss = min(best_loss, val_loss)
                 save_state()
-            if stops or step >= config.steps:
+            if step >= config.steps:
                 break
 
-            lr = scheduled_learning_rate(step, config)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
-            step_batches = list(itertools.islice(batches, n_micro_batches // WORLD_SIZE))
-            loss, step_tokens = backward(parallel, step_batches, autocast, seed=(config.seed, step))
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-            train_loss, stops = sum_over_processes([loss.item(), len(caught)], device)
-            if not math.isfinite(train_loss + norm):
+            start_time = time.perf_counter()
+            learning_rate = scheduled_learning_rate(step, config)
+            torch.manual_seed(
+                hash((config.seed, step, rank))
+            )  # of dropout; the same after a resume
+            batch = get_batch(step)
+            loss, norm = update(parallel_model, optimizers, learning_rate, batch, config, autocast)
+            # Each process may have received a signal; all must stop after the same step
+            loss, n_signals = sum_over_processes([loss, len(signals)], device)
+            if not math.isfinite(loss + norm):
                 raise FloatingPointError(
-                    f"the loss is {train_loss} with a gradient of length {norm} at step {step + 1}; "
-                    f"{out} keeps the last good state. A lower learning rate may help"
+                    f"at step {step} the loss is {loss}, the gradient norm {norm}; {out} keeps the "
+                    "last good state. A lower learning rate may help"
                 )
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
             step += 1
-            history.append({"step": step, "learning_rate": lr, "train_loss": train_loss})
-
-            tokens, seconds = tokens + step_tokens, time.perf_counter() - start
-            left = timedelta(seconds=round(seconds / (step - first_step) * (config.steps - step)))
-            progress = f"step {step:5d}/{config.steps} | loss {train_loss:.4f} | {tokens / seconds:,.0f} tokens/s | {left} left"
-            if RANK == 0:
+            history.append({"step": step, "learning_rate": learning_rate, "train_loss": loss})
+            if step <= first_step + 2:  # do not count the first step, which may compile the model
+                n_tokens = seconds = 0
+            n_tokens += batch[0].numel()
+            seconds += time.perf_counter() - start_time
+            seconds_per_step = seconds / max(1, step - first_step - 1)
+            left = timedelta(seconds=round(seconds_per_step * (config.steps - step)))
+            speed = f"{n_tokens / seconds:,.0f} tokens/s"
+            progress = f"step {step:5d}/{config.steps} | loss {loss:.4f} | {speed} | {left} left"
+            if rank == 0:
                 show_progress(progress)
-        if RANK == 0:
-            write_losses(out / "losses.csv", history)  # once more: an earlier end's may have been lost
-            plot_losses(history, out / "losses.png")
-    return (caught or [signal.SIGTERM])[0] if step < config.steps else None  # the signal may have gone to another process
+            if n_signals and step < config.steps:
+                save_state()
+                return signals[0] if signals else signal.SIGTERM
+    if rank == 0:
+        plot_history(history, out / "losses.png")
+    return None
 
 
-def backward(model, batches, autocast, seed):
+def update(model, optimizers, learning_rate, batch, config, autocast):
     """
-    Add up the gradients of the mean loss over all targets of a step, however it is cut into `batches` and over processes.
-    Returns this process's part of that mean, a tensor, and the number of tokens that all of them have read.
+    One update of the weights. -> this process's part of the mean loss, the gradient norm
+
+    The loss is the mean over all targets of the batch. Every process gets the whole batch, takes
+    its share of the rows, and works on micro-batches to save memory (gradient accumulation).
+    The result depends neither on the number of processes nor on the size of the micro-batches.
     """
+    rank, world_size = process_rank()
     device = next(model.parameters()).device
-    n_targets = [int((batch[-1] != -100).sum()) for batch in batches]
-    n_tokens = sum(batch[0].numel() for batch in batches)
-    all_targets, all_tokens = sum_over_processes([sum(n_targets), n_tokens], device)
-    loss_sum = torch.zeros((), device=device)
-    for i, (batch, n) in enumerate(zip(batches, n_targets)):
-        # What dropout drops follows from the number of the batch, whichever process has it
-        torch.manual_seed(hash((*seed, i * WORLD_SIZE + RANK)))
-        is_last = i == len(batches) - 1
-        with contextlib.nullcontext() if is_last or WORLD_SIZE == 1 else model.no_sync():  # DDP adds up over processes once
+    n_targets = int((batch[-1] != -100).sum())
+    rows = [x[rank::world_size] for x in batch]
+    size = config.micro_batch_size or len(batch[0])
+    micro_batches = list(zip(*(x.split(size) for x in rows)))
+    loss = 0.0
+    for i, micro_batch in enumerate(micro_batches):
+        share = int((micro_batch[-1] != -100).sum()) / n_targets
+        is_last = i == len(micro_batches) - 1
+        # Processes exchange gradients once, in the last backward pass
+        with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
             with autocast:
-                loss = model(*(x.to(device, non_blocking=True) for x in batch))
-            (loss * (n * WORLD_SIZE / all_targets)).backward()  # DDP will divide by WORLD_SIZE
-        loss_sum += loss.detach() * n
-    return loss_sum / all_targets, all_tokens
+                micro_loss = model(*(x.to(device, non_blocking=True) for x in micro_batch)) * share
+            (
+                micro_loss * world_size
+            ).backward()  # DistributedDataParallel takes the mean, not the sum
+        loss += micro_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item(), norm.item()
 
 
 @torch.no_grad()
 def evaluate(model, loader, autocast):
-    """The mean loss over all targets of all batches, each process taking its share of the batches"""
+    """The mean loss over all targets. Each process takes its share of the batches."""
+    rank, world_size = process_rank()
     device = next(model.parameters()).device
-    loss_sum, n_targets = 0.0, 0
-    model.eval()
-    for i, batch in enumerate(loader):
-        if i % WORLD_SIZE == RANK:
-            n = int((batch[-1] != -100).sum())
-            with autocast:
-                loss_sum += model(*(x.to(device, non_blocking=True) for x in batch)).item() * n
-            n_targets += n
-    model.train()
+    loss_sum = 0.0
+    n_targets = 0
+    with eval_mode(model):
+        for i, batch in enumerate(loader):
+            if i % world_size == rank:
+                n = int((batch[-1] != -100).sum())
+                with autocast:
+                    loss_sum += model(*(x.to(device) for x in batch)).item() * n
+                n_targets += n
     loss_sum, n_targets = sum_over_processes([loss_sum, n_targets], device)
     return loss_sum / n_targets
 
 
+def scheduled_learning_rate(step, config):
+    """Linear warmup, then cosine decay to 10 % (Brown et al. 2020, appendix B); step is from 0."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def create_optimizers(model, config):
+    """
+    AdamW, with weight decay for matrices only, not for biases and LayerNorm. With optimizer="muon",
+    Muon (Jordan 2024) has the matrices in the blocks: its updates are nearly orthogonal, and scaled
+    to the size of AdamW's (Liu et al. 2025, section 2.2).
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon_names = []
+    if config.optimizer == "muon":
+        muon_names = [name for name, p in trained.items() if ".h." in f".{name}" and p.dim() == 2]
+        if not muon_names:
+            raise ValueError(
+                "optimizer=muon, but no matrix in a block (a module named h) is trained"
+            )
+    muon_matrices = [trained.pop(name) for name in muon_names]
+    matrices = [p for p in trained.values() if p.dim() >= 2]
+    others = [p for p in trained.values() if p.dim() < 2]
+    decay = {"weight_decay": config.weight_decay}
+    groups = [{"params": matrices, **decay}, {"params": others, "weight_decay": 0.0}]
+    lr = config.learning_rate
+    optimizers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
+    if muon_matrices:
+        optimizers.append(torch.optim.Muon(muon_matrices, adjust_lr_fn="match_rms_adamw", **decay))
+    return optimizers
+
+
+def shuffled_rows(step, n_rows, batch_size, order):
+    """
+    The rows of a step. Epochs follow each other with no gap, so that every batch is full.
+    order: a function, number of the epoch -> all rows in their order.
+    """
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(order(place // n_rows)[place % n_rows]) for place in places]
+
+
 @contextlib.contextmanager
 def catch_signals():
-    """Ctrl-C and SIGTERM go into the list that this yields; a second one ends the program as usual."""
-    caught, before = [], {}
+    """Collect Ctrl-C and SIGTERM in a list. A second one interrupts the program."""
+    caught = []
 
     def catch(number, frame):
+        if caught:
+            raise KeyboardInterrupt
         caught.append(number)
-        signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, catch)
+    handlers = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def keep_freed_memory():
     """
-    Tell glibc to keep large blocks that are freed. By default it gives them back to the system, which hands them out again page
-    by page, zeroed, at every step: a third of the time of a step of GPT-2 124M on two CPU cores.
+    Make glibc keep large blocks that are freed. By default it returns them to the system and gets
+    new, zeroed pages in every step: a third of the time of a step of GPT-2 124M on two CPU cores.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -311,384 +327,355 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves behind
+# --------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several; without it, there is one
+
+
+def start_processes(device):
+    """Join the processes that torchrun started. -> the device of this one"""
+    if not dist.is_torchelastic_launched():
+        return torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def process_rank():
+    """-> rank of this process, number of processes"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(numbers, device):
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a run
 
 
 @contextlib.contextmanager
-def sole_run(out):
-    """Make the folder `out` and hold it: the files of two runs at once would mix. Leave none behind if nothing came of it."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+def run_folder(out):
+    """Create the folder of a run and lock it. It is removed if nothing was written to it."""
+    if process_rank()[0] > 0:
+        yield  # rank 0 has the lock
+        return
     out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY) if fcntl else None  # Windows has no such locks
+    lock = filelock.FileLock(f"{out.resolve()}.lock", timeout=0)
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{out}: another run is at work in this folder") from None
+        with lock:
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise ValueError(f"{out}: another run writes to this folder") from None
     finally:
-        if fcntl:
-            os.close(lock)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only where it is empty
+        with contextlib.suppress(OSError):  # it is not empty
+            out.rmdir()
 
 
-# What belongs to the weights of one run, here and in finetune.py, and goes when --overwrite puts others in their place
-OF_ONE_RUN = ("resume.pt", "losses.csv", "losses.png", "accuracies.png", "responses.json")
-OF_ONE_RUN += ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+def read_checkpoint(out, config, content):
+    """
+    -> the settings to keep for this run, the state that an earlier start of it saved, or None.
+    content: what the run learns from. Raises ValueError if a setting or the content has changed, or
+    if the folder holds something else.
+    """
+    fixed = [f.name for f in fields(config) if not f.metadata["may_change"]]
+    settings = {name: getattr(config, name) for name in fixed}
+    settings["content"] = hashlib.sha256(repr(content).encode()).hexdigest()
+    path = out / "resume.pt"
+    if config.overwrite or not any((out / name).exists() for name in ("resume.pt", "config.json")):
+        return settings, None
+    if not path.exists():
+        raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
+    with damaged(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before = checkpoint["settings"]
+        if len(checkpoint["history"]) != checkpoint["step"] + 1:
+            raise ValueError("its history does not fit its step")
+        changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        name = changed[0]
+        what = f"--{name.replace('_', '-')} was {before.get(name)} and is {settings[name]}"
+        what = "the data or the vocabulary has changed" if name == "content" else what
+        raise ValueError(f"{out} holds a run, but {what}; --overwrite replaces the run")
+    if process_rank()[0] == 0:
+        state = "finished at" if checkpoint["step"] >= config.steps else "going on from"
+        print(f"{out}: {state} step {checkpoint['step']}")
+    return settings, checkpoint
 
 
-def refuse_to_replace(out):
-    if any((out / name).exists() for name in ("resume.pt", "config.json")):
-        raise ValueError(f"{out} holds a run: --resume {out} goes on with it, --overwrite replaces it, --out NAME keeps it")
-
-
-def write_losses(path, rows):
-    columns = dict.fromkeys(name for row in rows for name in row)  # each once, in the order of their appearance
-    with complete_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+def write_state(out, state):
+    """resume.pt, and its history as losses.csv"""
+    with complete_file(out / "resume.pt") as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # of a full disk
+            raise OSError(f"{part}: {error}") from None
+    columns = dict.fromkeys(name for row in state["history"] for name in row)
+    with (
+        complete_file(out / "losses.csv") as part,
+        open(part, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(state["history"])
 
 
-def read_losses(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def read_checkpoint(folder):
-    """out/resume.pt -> what `train` has saved there"""
-    path = folder / "resume.pt"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; a run that has saved nothing yet is started again, with --overwrite")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.keys() != {"step", "best_loss", "history", "settings", "model", "optimizers"}:
-            raise ValueError("not the state of a run")
-        if len(checkpoint["history"]) != checkpoint["step"] + 1 or not isinstance(checkpoint["settings"], dict):
-            raise ValueError("an inconsistent state")
-        return checkpoint
-    except Exception as error:  # torch takes damaged bytes for what they seem to be, and so it may fail in any way
-        raise ValueError(f"{path}: damaged ({error!r:.100})") from None
-
-
-def plot_losses(rows, path, names=("train_loss", "val_loss")):
+def plot_history(history, path):
+    """Draw the losses, and the accuracies if there are any."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {path.name}: `pip install matplotlib` draws it")
+        print(f"{path.name} is not drawn: it needs `pip install matplotlib`")
         return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in names:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name, "") != ""]
-        axes.plot(*zip(*points), label=name.replace("_", " "), alpha=0.7)
-    axes.set(xlabel="step")
-    axes.legend()
+    names = dict.fromkeys(name for row in history for name in row)
+    kinds = [kind for kind in ("loss", "accuracy") if any(kind in name for name in names)]
+    figure = Figure(figsize=(7, 4 * len(kinds)), layout="constrained")
+    for axes, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds):
+        for name in (name for name in names if kind in name):
+            points = [(row["step"], row[name]) for row in history if name in row]
+            axes.plot(*zip(*points), label=name, alpha=0.7)
+        axes.set(xlabel="step", ylabel=kind)
+        axes.legend()
     with complete_file(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pretraining: texts to tokens, tokens to windows. Token files are llm.c's: 256 int32 (magic, version, number of tokens, and
-# from the fourth on whatever one likes: here how far tokenizing has come), then the ids as uint16.
+# --------------------------------------------------------------------------------------------------
+# Data: texts or token files
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-HEADER = struct.Struct("<3i 2q")  # magic, version, tokens up to 2^31 - 1, chunks of text, tokens
-CHUNKS_AT_ONCE = 32  # in memory, of a million characters each: enough to keep many cores busy
+MAX_TEXT_BYTES = 100_000_000  # encoding in memory takes ten times as much
 
 
 def find_files(names, folder):
-    """Files, folders (all *.txt below), globs and URLs (fetched once, into `folder`) -> list of paths"""
+    """Files, patterns with *, and URLs (downloaded once, into `folder`) -> list of paths"""
     paths = []
-    for name in names:
+    for name in map(str, names):
         if name.startswith(("http://", "https://")):
-            last = re.sub(r"[^\w.-]", "_", name.rstrip("/").rsplit("/", 1)[-1])
-            found = [folder / f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{last}"]
-            download(name, found[0])
-        elif name and Path(name).is_dir():
-            found = sorted(Path(name).rglob("*.txt"))
+            found = [folder / re.sub(r"[^\w.-]+", "-", name.partition("://")[2])]
+            load_gpt2.download(name, found[0])
         else:
-            found = [Path(name)] if Path(name).is_file() else [Path(path) for path in sorted(glob.glob(name, recursive=True))]
-        if not found:
-            raise ValueError(f"{name}: no *.txt in this folder" if name and Path(name).is_dir() else f"{name}: no such file")
+            found = [Path(name)] if Path(name).exists() else map(Path, sorted(glob.glob(name)))
+        n_before = len(paths)
         paths += found
-    for path in paths:
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path}: empty")
+        if len(paths) == n_before:
+            raise ValueError(f"{name}: no such file")
     return paths
 
 
-def read_chunks(path, n_characters=2**20):
+def read_documents(paths):
+    """Texts -> list of str. A line <|endoftext|> also separates documents, as in TinyStories."""
+    size = sum(path.stat().st_size for path in paths)
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{size:,} bytes of text do not fit in memory (the limit is {MAX_TEXT_BYTES:,}): "
+            "data/prepare.py makes token files of them, for --bin"
+        )
+    documents = []
+    for path in paths:
+        with damaged(path):
+            text = path.read_text(encoding="utf-8-sig")
+            if not text.strip():
+                raise ValueError("no text")
+        documents += re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
+    return [document for document in documents if document.strip()]
+
+
+def encode_documents(documents, tokenizer):
+    """-> one array of ids, with an end-of-text after each document; on all cores"""
+
+    def encode(document):
+        return np.array([*tokenizer.encode(document), tokenizer.eot], dtype=np.int32)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.concatenate(list(pool.map(encode, documents)))
+
+
+def read_tokens(path, vocab_size):
     """
-    A text, a million characters at a time, cut before a blank that follows a word: GPT-2 never makes one token of the two
-    sides, so the chunks' tokens are the tokens of the whole (unless in a million characters there is no such place).
+    A token file -> np.memmap. It holds uint16 ids; those of llm.c after a header of 256 int32:
+    magic number 20240520, version 1, number of tokens (at most 2^31 - 1).
     """
-    rest = ""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            while chunk := file.read(n_characters):
-                chunk = rest + chunk
-                last_word = re.match(r".*\S(?=[ \n])", chunk, re.DOTALL)
-                end = last_word.end() if last_word else len(chunk)
-                yield chunk[:end]
-                rest = chunk[end:]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text ({error.reason})") from None
-    if rest:
-        yield rest
-
-
-def data_fingerprint(paths, tokenizer):
-    """A name for files and vocabulary. It looks at place, size and time of a file, since reading it all may take hours."""
-    sources = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    return hashlib.sha256(json.dumps([sources, tokenizer.vocab]).encode()).hexdigest()
-
-
-def tokenize(paths, tokenizer, bin_path):
-    """
-    Write the texts' tokens, an end-of-text after each, into one token file, on all cores, unless it is there already. What an
-    earlier process left unfinished goes on from where it stopped.
-    """
-    if bin_path.exists():
-        return
-    if tokenizer.vocab_size > 2**16:
-        raise ValueError(f"{tokenizer.vocab_size:,} tokens do not fit the 16 bits of a token file")
-
-    def encode(text):
-        ids = tokenizer.encoding.encode_to_numpy(text, disallowed_special=()) if text else [tokenizer.eot]
-        return np.asarray(ids).astype("<u2").tobytes()
-
-    def n_bytes(texts):
-        return sum(len(text.encode()) for text in texts)
-
-    chunks = (text for path in paths for text in itertools.chain(read_chunks(path), [""]))  # "": the end of a text
-    part = bin_path.with_name(bin_path.name + ".part")
-    part.touch()
-    try:
-        with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            *_, n_chunks, n_tokens = read_header(part)
-            size = sum(path.stat().st_size for path in paths)
-            done = skipped = n_bytes(itertools.islice(chunks, n_chunks))  # which takes them from `chunks`
-            start = time.perf_counter()
-            file.seek(HEADER_BYTES + 2 * n_tokens)
-            while group := list(itertools.islice(chunks, CHUNKS_AT_ONCE)):
-                file.writelines(pool.map(encode, group))
-                end = file.tell()
-                n_chunks, n_tokens, done = n_chunks + len(group), (end - HEADER_BYTES) // 2, done + n_bytes(group)
-                file.seek(0)  # what has been written counts once the header says so
-                file.write(HEADER.pack(MAGIC, VERSION, min(n_tokens, 2**31 - 1), n_chunks, n_tokens))
-                file.flush()
-                file.seek(end)
-                left = (size - done) * (time.perf_counter() - start) / (done - skipped + 1)
-                show_progress(f"tokenizing: {done / size:.0%}, {timedelta(seconds=round(left))} left")
-            file.truncate()
-    except ValueError:  # the text itself is wrong
-        part.unlink()
-        raise
-    os.replace(part, bin_path)
-    print_line(f"{bin_path}: {n_tokens:,} tokens")
-
-
-def read_header(path):
-    with open(path, "rb") as file:
-        return HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
-
-
-def read_tokens(path):
-    """A token file, llm.c's (with a header) or nanoGPT's (bare uint16) -> np.memmap of its ids"""
     size = path.stat().st_size
-    magic, version, n_tokens, *_ = read_header(path)
-    offset = HEADER_BYTES if magic == MAGIC else 0
+    header = np.fromfile(path, dtype="<i4", count=256)
+    has_header = len(header) == 256 and header[0] // 10_000 == 2024
+    if has_header and header[:2].tolist() != [20240520, 1]:
+        raise ValueError(
+            f"{path}: magic number and version {header[:2]} are not those of GPT-2 ids"
+        )
+    offset = 1024 if has_header else 0
     if size % 2 or size <= offset:
-        raise ValueError(f"{path}: not a file of 16-bit token ids ({size:,} bytes)")
+        raise ValueError(f"{path}: not a file of 16-bit ids ({size:,} bytes)")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
-    if offset and (version != VERSION or n_tokens != min(len(tokens), 2**31 - 1)):
-        raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {n_tokens:,} (version {version})")
+    if has_header and header[2] != min(len(tokens), 2**31 - 1):
+        raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {header[2]:,}")
+    for start in range(0, len(tokens), 2**26):
+        highest = tokens[start : start + 2**26].max()
+        if highest >= vocab_size:
+            raise ValueError(f"{path}: the id {highest} is not in a vocabulary of {vocab_size}")
+        show_progress(f"{path}: {start / len(tokens):.0%} checked")
     return tokens
 
 
-def make_datasets(shards, context_length, eval_windows):
+def split_tokens(shards):
     """
-    (name, tokens) pairs -> (training windows, validation windows). Validation has the shards with "val" in their name, or else
-    the last tenth of the last shard, a million tokens at most; about eval_windows windows are taken from it, evenly spread.
+    {name: tokens} -> training and validation, lists of tokens. For validation: the shards with val
+    in their names, or else the last tenth of the last one, but at most a million tokens.
     """
-    training = [tokens for name, tokens in shards if "val" not in name]
-    validation = [tokens for name, tokens in shards if "val" in name]
+    training = [tokens for name, tokens in shards.items() if "val" not in name]
+    validation = [tokens for name, tokens in shards.items() if "val" in name]
     if not training:
-        raise ValueError("all token files are for validation: they have 'val' in their names")
+        raise ValueError("all token files have val in their names: none is left for training")
     if not validation:
-        held_out = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
-        validation = [training[-1][-held_out:]]
-        training[-1] = training[-1][:-held_out]
-    stride = max(context_length, math.ceil(sum(len(tokens) for tokens in validation) / eval_windows))
-    return (
-        ConcatDataset([TokenDataset(tokens, context_length) for tokens in training]),
-        ConcatDataset([TokenDataset(tokens, context_length, stride) for tokens in validation]),
+        n_val = min(len(training[-1]) // 10, 2**20)
+        validation = [training[-1][-n_val:]]
+        training[-1] = training[-1][:-n_val]
+    return training, validation
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+# Sizes that two CPU cores train in minutes. Their vocabulary is learned from the text.
+SMALL_CONFIGS = {
+    "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),
+    "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+}
+MODELS = SMALL_CONFIGS | GPT2_CONFIGS
+STORIES = Path(__file__).with_name("data") / "stories.txt"
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    out: Path | None = option(
+        None, "folder of the run (default: out/NAME OF THE TEXT)", type=Path, may_change=True
+    )
+    # Data may move; its content is compared when a run goes on
+    text: list | None = option(
+        None, "files, URLs (default: data/stories.txt)", nargs="+", type=str, may_change=True
+    )
+    bin: list | None = option(
+        None, "token files instead of texts", nargs="+", type=str, may_change=True
+    )
+    model: str = option("nano", "size of the model", choices=MODELS)
+    init: str | None = option(
+        None, "start from this model: a folder or a name on the hub", type=str
+    )
+    tokenizer: str | None = option(None, "folder of --bin's tokenizer (default: GPT-2's)", type=str)
+    vocab_size: int | None = option(None, "learn this vocabulary (default: the model's)", type=int)
+    context_length: int | None = option(None, "tokens in a window (default: the model's)", type=int)
+    dropout: float | None = option(None, "default: that of --model; 0 with --init", type=float)
+    prompt: str = option("One day", "beginning of the samples")
+    eval_windows: int = option(64, "windows in a validation")
+    compile: bool = option(
+        torch.cuda.is_available(),
+        "torch.compile the model",
+        action=argparse.BooleanOptionalAction,
+        may_change=True,
     )
 
 
-# Sizes that two CPU cores train in minutes; their vocabulary, of at most this size, is learned from the text
-SMALL_CONFIGS = {
-    "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),  # 4M
-    "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),  # 12M
-}
-
-# What belongs to one start of the program, not to the run
-NOT_SETTINGS = ("out", "overwrite", "resume", "device", "compile")
-
-
-def parse_arguments():
-    """The command line; with --resume, on top of what the run to be resumed was started with"""
-    parser = CommandLine(description="Train a GPT on a text.")
-    add = parser.add_argument
-    add("--text", nargs="+", help="files, folders, globs, URLs (default: data/stories.txt)")
-    add("--bin", nargs="+", help="instead of --text: token files of nanoGPT or llm.c; 'val' in a name is for validation")
-    add("--model", default="nano", choices=[*SMALL_CONFIGS, *GPT2_CONFIGS], help="sizes of the model; --init brings its own")
-    add("--init", metavar="NAME", help="start from this GPT-2, a folder or a name on the hub, instead of from random weights")
-    add("--vocab-size", type=int, help="learn a vocabulary of this size from the text (default: the model's)")
-    add("--context-length", type=int, help="tokens in a window (default: the model's)")
-    add("--dropout", type=float, help="share of activations dropped in training (default: that of --model; 0 with --init)")
-    add("--out", type=Path, help="folder for all that the run writes (default: out/ and the name of the text)")
-    add("--overwrite", action="store_true", help="replace the run that is in --out")
-    add("--resume", type=Path, metavar="OUT", help="go on with the run in this folder; settings given here replace its own")
-    add("--prompt", default="\n", help="how the samples begin")
-    add("--eval-windows", type=int, default=64, help="windows in a validation")
-    add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile the model")
-    for f in fields(TrainConfig):
-        add("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help=f.metadata["help"])
-    args, checkpoint = parser.parse_args(), None
-    if args.resume:
-        for name in ("out", "overwrite", "init", "model", "vocab_size", "optimizer"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} does not go with --resume, which goes on with a run as it is")
-        checkpoint = read_checkpoint(args.resume)
-        if "command" in checkpoint["settings"]:
-            parser.error(f"this is a run of finetune.py: python finetune.py {checkpoint['settings']['command']} --resume")
-        parser.set_defaults(**checkpoint["settings"])
-        args = parser.parse_args()
-        args.out = args.resume
-    if args.text and args.bin:
-        parser.error("--text and --bin do not go together")
-    if not args.text and not args.bin:
-        args.text = [str(Path(__file__).with_name("data") / "stories.txt")]
-    if args.eval_windows < 1:
-        parser.error("--eval-windows must be at least 1")
-    return args, checkpoint
+def create_model(config, documents):
+    """-> a model with random weights or those of --init, its tokenizer"""
+    torch.manual_seed(config.seed)
+    if config.init:
+        base, tokenizer = load_gpt2.load_gpt2(config.init)
+        model = GPT(replace(base.config, dropout=config.dropout or 0.0))
+        model.load_state_dict(base.state_dict())
+        return model, tokenizer
+    sizes = MODELS[config.model]
+    vocab_size = config.vocab_size or sizes.vocab_size
+    if config.tokenizer:
+        tokenizer = load_gpt2.read_tokenizer(Path(config.tokenizer), 2**16)
+    elif config.bin or vocab_size == GPTConfig.vocab_size:
+        tokenizer = Tokenizer.gpt2()
+    else:  # a million characters are enough, and take seconds
+        tokenizer = Tokenizer.train("".join(documents)[:1_000_000], vocab_size)
+    sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
+    if config.context_length is not None:
+        sizes = replace(sizes, context_length=config.context_length)
+    if config.dropout is not None:
+        sizes = replace(sizes, dropout=config.dropout)
+    return GPT(sizes), tokenizer
 
 
-def starting_model(args, files, out, checkpoint):
-    """The model and its tokenizer: of the run to be resumed, of --init, or new ones. Fills in what `args` leave open."""
-    weights = None
-    if checkpoint is not None:
-        config, tokenizer = read_config(out / "config.json"), Tokenizer.load(out)
-    elif args.init:
-        loaded, tokenizer = load_gpt2(args.init)
-        config, weights = loaded.config, loaded.state_dict()
-        if args.vocab_size not in (None, config.vocab_size):
-            raise ValueError(f"--vocab-size {args.vocab_size} does not fit {args.init}, which has {config.vocab_size}")
+def pretrain(config, out, device):
+    """-> the signal that stopped the run, or None"""
+    paths = find_files(config.bin or config.text or [STORIES], out.parent)
+    documents = [] if config.bin else read_documents(paths)
+    model, tokenizer = create_model(config, documents)
+    if config.bin:
+        shards = {path.name: read_tokens(path, tokenizer.vocab_size) for path in paths}
     else:
-        config = (SMALL_CONFIGS | GPT2_CONFIGS)[args.model]
-        vocab_size = config.vocab_size if args.vocab_size is None else args.vocab_size
-        if args.bin or vocab_size == GPTConfig.vocab_size:
-            tokenizer = Tokenizer.gpt2()
-        else:  # a million characters, an equal share of each text, teach it in seconds
-            beginnings = (next(read_chunks(path, 1_000_000 // len(files) + 1), "") for path in files)
-            tokenizer = Tokenizer.train("".join(beginnings), vocab_size)
-        context_length = config.context_length if args.context_length is None else args.context_length
-        config = replace(config, vocab_size=tokenizer.vocab_size, context_length=context_length)
-    if args.context_length is None:
-        args.context_length = config.context_length
-    if args.dropout is None:
-        args.dropout = config.dropout
-    if args.context_length > config.context_length:
-        raise ValueError(
-            f"--context-length {args.context_length} is more than the {config.context_length} of {args.init or out}"
-        )
-    torch.manual_seed(args.seed)
-    model = GPT(replace(config, dropout=args.dropout))
-    if weights is not None:
-        model.load_state_dict(weights)
-    return model, tokenizer
+        shards = {"text": encode_documents(documents, tokenizer)}
+    context_length = config.context_length or model.config.context_length
+    training, validation = split_tokens(shards)
+    train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
+    stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
+    val_data = ConcatDataset(
+        [TokenDataset(tokens, context_length, stride) for tokens in validation]
+    )
 
+    # The beginning of each token file stands for all of it
+    content = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards.items()]
+    settings, checkpoint = read_checkpoint(out, config, (content, tokenizer.vocab))
+    if config.micro_batch_size is None and device.type == "cpu":
+        # On a CPU, more tokens at once take more memory, but no less time
+        config = replace(config, micro_batch_size=max(1, 2048 // context_length))
+    val_loader = create_dataloader(val_data, config.micro_batch_size or config.batch_size)
 
-def pretrain(args, config, checkpoint, out, device):
-    """Make ready what the command line asks for, and train -> what `train` returns"""
-    files = find_files(args.bin or args.text, out.parent)
-    model, tokenizer = starting_model(args, files, out, checkpoint)
-    model.to(device)
-    if args.compile:
-        model.compile()  # in place, so the weights keep their names
-    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
-    if len(prompt) > model.config.context_length:
-        raise ValueError(f"--prompt has {len(prompt)} tokens, more than the context of {model.config.context_length}")
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return np.random.default_rng([config.seed, epoch]).permutation(len(train_data))
 
-    fingerprint = data_fingerprint(files, tokenizer)
-    if checkpoint is not None and checkpoint["settings"].get("data") != fingerprint:
-        raise ValueError(f"the files of {out} have another place, size or time than when it began; --init {out} goes on anew")
-    if args.bin:
-        shards = [(path.name, read_tokens(path)) for path in files]
-    else:
-        bin_path = Path(f"{out}-{fingerprint[:8]}.bin")
-        if RANK == 0:
-            tokenize(files, tokenizer, bin_path)
-        if WORLD_SIZE > 1:
-            dist.barrier()  # until it is there
-        shards = [("text", read_tokens(bin_path))]
-    training, validation = make_datasets(shards, args.context_length, args.eval_windows)
-    micro_batch_size = args.micro_batch_size or max(1, args.batch_size // WORLD_SIZE)
-    if not args.micro_batch_size and device.type == "cpu":
-        while micro_batch_size % 2 == 0 and micro_batch_size * args.context_length > 2048:
-            micro_batch_size //= 2  # more tokens at once take more memory, but on a CPU no less time
-
-    def collate(windows):
-        inputs, targets = default_collate(windows)
-        highest = max(inputs.max(), targets.max())
-        if highest >= model.config.vocab_size:
-            raise ValueError(f"token id {highest} does not fit a vocabulary of {model.config.vocab_size}")
-        return inputs, targets
-
-    train_loader = create_dataloader(training, micro_batch_size, shuffle=True, seed=args.seed, collate_fn=collate)
-    val_loader = create_dataloader(validation, micro_batch_size, collate_fn=collate)
+    def get_batch(step):
+        rows = shuffled_rows(step, len(train_data), config.batch_size, order)
+        return default_collate([train_data[row] for row in rows])
 
     def show_sample():
-        generator = torch.Generator(device).manual_seed(args.seed)
-        ids = model.stream(prompt, 100, temperature=0.8, top_k=50, eos_id=tokenizer.eot, generator=generator)
-        print(textwrap.indent((args.prompt + tokenizer.decode(ids)).strip(), "    "), end="\n\n", flush=True)
+        ids = [tokenizer.eot, *tokenizer.encode(config.prompt)]
+        options = {"temperature": 0.8, "top_k": 50, "eos_id": tokenizer.eot}
+        generator = torch.Generator(device).manual_seed(config.seed)
+        text = config.prompt + tokenizer.decode(
+            model.stream(ids, 100, generator=generator, **options)
+        )
+        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+        return {}
 
-    # What the run needs to be resumed anywhere on this machine, spelled out
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"bin" if args.bin else "text": [str(path.absolute()) for path in files], "data": fingerprint}
-    if RANK == 0:
+    model.to(device)
+    if config.compile:
+        model.compile()  # in place, so that parameters keep their names
+    if process_rank()[0] == 0:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"{n_parameters / 1e6:.1f}M parameters, {len(training):,} windows of {args.context_length} tokens, "
-            f"{len(validation)} for validation; {device}"
+            f"{n_parameters / 1e6:.1f}M parameters; {len(train_data):,} windows of "
+            f"{context_length} tokens, {len(val_data)} for validation; {device}"
         )
     return train(
-        model, train_loader, val_loader, config, out, settings=settings, checkpoint=checkpoint, report=show_sample,
-        save=lambda: save_gpt2(model, tokenizer, out),
+        model, get_batch, val_loader, config, out, settings=settings, checkpoint=checkpoint,
+        save=lambda: load_gpt2.save_gpt2(model, tokenizer, out), report=show_sample,
     )  # fmt: skip
 
 
 def main():
-    args, checkpoint = parse_arguments()
-    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    name = re.sub(r"\W+", "-", Path((args.bin or args.text)[0]).stem).strip("-") or "text"
-    out = args.out or Path("out") / name
-    if checkpoint is None and not args.overwrite:
-        refuse_to_replace(out)
-    device = start_processes(args.device)
-    with sole_run(out) if RANK == 0 else contextlib.nullcontext():
-        stopped_by = pretrain(args, config, checkpoint, out, device)
-    if RANK == 0:
-        if stopped_by:
-            print(f"stopped; go on with: python train.py --resume {out}")
-        else:
-            print(f'{out} is a GPT-2 folder: python load_gpt2.py {out} --prompt "The old man"')
+    parser = load_gpt2.CommandLine(description="Train a GPT on a text.")
+    add_options(parser, PretrainConfig)
+    config = PretrainConfig(**vars(parser.parse_args()))
+    name = re.sub(r"\W+", "-", Path((config.bin or config.text or [STORIES])[0]).stem).strip("-")
+    out = config.out or Path("out") / name
+    device = start_processes(config.device)
+    with run_folder(out):
+        stopped_by = pretrain(config, out, device)
+    if process_rank()[0] == 0:
+        done = f'finished: python load_gpt2.py {out} --prompt "{config.prompt}"'
+        print("stopped; the same command goes on" if stopped_by else done)
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped_by:
@@ -696,5 +683,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with load_gpt2.one_line_errors():
         main()

@@ -38,12 +38,21 @@ from load_gpt2 import fast_dtype, load_gpt2, save_gpt2
 from train import TrainConfig, tokenize, train
 
 parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-parser.add_argument("jobs", nargs="*", metavar="JOB", help="train, generate, tokenize, load, finetune (default: all)")
+parser.add_argument(
+    "jobs",
+    nargs="*",
+    metavar="JOB",
+    help="train, generate, tokenize, load, finetune (default: all)",
+)
 parser.add_argument("--device", default="cpu", help="cpu or cuda")
 parser.add_argument("--model", default="gpt2", choices=GPT2_CONFIGS)
-parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT or LLMs-from-scratch, to be measured too")
+parser.add_argument(
+    "--peer", type=Path, help="a checkout of nanoGPT or LLMs-from-scratch, to be measured too"
+)
 parser.add_argument("--rounds", type=int, default=3)
-parser.add_argument("--measure", help=argparse.SUPPRESS)  # the row of which this process is to print the rate
+parser.add_argument(
+    "--measure", help=argparse.SUPPRESS
+)  # the row of which this process is to print the rate
 args = parser.parse_args()
 
 device, config = torch.device(args.device), GPT2_CONFIGS[args.model]
@@ -82,7 +91,10 @@ def train_ours(change=lambda model: model, dtype="auto", rows=ROWS, window=WINDO
     """train.py's own loop"""
     torch.manual_seed(0)
     data = TokenDataset(torch.randint(0, 50257, (10 * rows * window,)), window)
-    loaders = create_dataloader(data, rows, shuffle=True), create_dataloader(torch.utils.data.Subset(data, range(rows)), rows)
+    loaders = (
+        create_dataloader(data, rows, shuffle=True),
+        create_dataloader(torch.utils.data.Subset(data, range(rows)), rows),
+    )
     times, model = [], change(GPT(config)).to(device)
     if device.type == "cuda":
         model.compile()
@@ -109,7 +121,9 @@ def transformers_model(dtype=fp32):
 
     torch.manual_seed(0)
     sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    return GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)).to(device, dtype)
+    return GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)).to(
+        device, dtype
+    )
 
 
 def train_transformers(dtype, lora=False, **sizes):
@@ -118,9 +132,14 @@ def train_transformers(dtype, lora=False, **sizes):
         from peft import LoraConfig, get_peft_model
 
         targets = ["c_attn", "c_proj", "c_fc"]
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model,
+            LoraConfig(r=16, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"),
+        )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    return train_steps(model, lambda model, inputs, _: model(inputs, labels=inputs).loss, optimizer, **sizes)
+    return train_steps(
+        model, lambda model, inputs, _: model(inputs, labels=inputs).loss, optimizer, **sizes
+    )
 
 
 def peer_model():
@@ -135,7 +154,11 @@ def peer_model():
         sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
         with redirect_stdout(io.StringIO()):
             model = PeerGPT(PeerConfig(**sizes, vocab_size=50257, bias=True)).to(device)
-        return model, lambda model, *batch: model(*batch)[1], lambda model, ids, n: model.generate(ids, n, top_k=1)
+        return (
+            model,
+            lambda model, *batch: model(*batch)[1],
+            lambda model, ids, n: model.generate(ids, n, top_k=1),
+        )
     sys.path.insert(0, str(args.peer / "ch04" / "01_main-chapter-code"))
     from gpt import GPTModel, generate_text_simple
 
@@ -143,7 +166,9 @@ def peer_model():
     shared = {"vocab_size": 50257, "context_length": 1024, "drop_rate": 0.0, "qkv_bias": True}
     return (
         GPTModel(sizes | shared).to(device),
-        lambda model, inputs, targets: torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()),
+        lambda model, inputs, targets: torch.nn.functional.cross_entropy(
+            model(inputs).flatten(0, 1), targets.flatten()
+        ),
         lambda model, ids, n: generate_text_simple(model, ids, n, context_size=1024),
     )
 
@@ -155,9 +180,18 @@ def train_peer():
 
 def product_rate(dtype):
     """FLOP/s of the matrix product of the model's widest layer"""
-    x, weight = torch.randn(ROWS * WINDOW, config.n_embd), torch.randn(4 * config.n_embd, config.n_embd)
+    x, weight = (
+        torch.randn(ROWS * WINDOW, config.n_embd),
+        torch.randn(4 * config.n_embd, config.n_embd),
+    )
     x, weight = x.to(device, dtype), weight.to(device, dtype)
-    return 2 * x.numel() * len(weight) / seconds(lambda: [x @ weight.T for _ in range(10)], rounds=5) * 10
+    return (
+        2
+        * x.numel()
+        * len(weight)
+        / seconds(lambda: [x @ weight.T for _ in range(10)], rounds=5)
+        * 10
+    )
 
 
 def train_limit(dtype, flop=6):
@@ -172,7 +206,11 @@ def train_limit(dtype, flop=6):
 def generate_ours(dtype, prompts=(PROMPT,)):
     torch.manual_seed(0)
     model = GPT(config).to(device, dtype)
-    return len(prompts) * NEW_TOKENS / seconds(lambda: model.generate(prompts, NEW_TOKENS, temperature=0))
+    return (
+        len(prompts)
+        * NEW_TOKENS
+        / seconds(lambda: model.generate(prompts, NEW_TOKENS, temperature=0))
+    )
 
 
 def ragged_prompts(n):
@@ -182,14 +220,23 @@ def ragged_prompts(n):
 
 def generate_transformers(dtype):
     model = transformers_model(dtype).eval()
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 50256}
-    return NEW_TOKENS / seconds(lambda: model.generate(torch.tensor([PROMPT], device=device), **options))
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 50256,
+    }
+    return NEW_TOKENS / seconds(
+        lambda: model.generate(torch.tensor([PROMPT], device=device), **options)
+    )
 
 
 @torch.no_grad()
 def generate_peer():
     model, _, generate = peer_model()
-    return NEW_TOKENS / seconds(lambda: generate(model.eval(), torch.tensor([PROMPT], device=device), NEW_TOKENS), rounds=1)
+    return NEW_TOKENS / seconds(
+        lambda: generate(model.eval(), torch.tensor([PROMPT], device=device), NEW_TOKENS), rounds=1
+    )
 
 
 def generate_limit(dtype):
@@ -235,7 +282,9 @@ def load(read):
 def from_pretrained(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(folder).to(device), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).to(device), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +307,9 @@ JOBS = {
         "generate: peer": generate_peer,
         "generate: this project, float32": lambda: generate_ours(fp32),
         "generate: this project, bfloat16": lambda: generate_ours(bf16),
-        "generate: this project, bfloat16, 32 ragged prompts": lambda: generate_ours(bf16, ragged_prompts(32)),
+        "generate: this project, bfloat16, 32 ragged prompts": lambda: generate_ours(
+            bf16, ragged_prompts(32)
+        ),
         "generate: limit, reading bfloat16 weights": lambda: generate_limit(bf16),
         "generate: limit, reading float32 weights": lambda: generate_limit(fp32),
     },
@@ -272,9 +323,13 @@ JOBS = {
     },
     f"Finetuning {args.model}, 8 x 128 tokens a step, tokens/s": {
         "finetune: transformers, float32": lambda: train_transformers(fp32, **SIZES),
-        "finetune: transformers + peft, float32, LoRA 16": lambda: train_transformers(fp32, lora=True, **SIZES),
+        "finetune: transformers + peft, float32, LoRA 16": lambda: train_transformers(
+            fp32, lora=True, **SIZES
+        ),
         f"finetune: this project, {fast_name} products": lambda: train_ours(**SIZES),
-        f"finetune: this project, {fast_name} products, LoRA 16": lambda: train_ours(lambda gpt: add_lora(gpt, 16), **SIZES),
+        f"finetune: this project, {fast_name} products, LoRA 16": lambda: train_ours(
+            lambda gpt: add_lora(gpt, 16), **SIZES
+        ),
         f"finetune: limit, matrix products in {fast_name}": lambda: train_limit(fast),
         f"finetune: limit, matrix products in {fast_name}, LoRA": lambda: train_limit(fast, flop=4),
     },
@@ -284,13 +339,21 @@ JOBS = {
 def measure(row):
     """The rate and the peak memory of one row, in GB, as the last line of the output"""
     rate = {row: work for rows in JOBS.values() for row, work in rows.items()}[row]()
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     print(json.dumps([rate, memory / 1e9]))
 
 
 def measure_apart(row):
     command = [sys.executable, *sys.argv, "--measure", row]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[
+            -1
+        ]
+    )
 
 
 def main():
@@ -300,23 +363,42 @@ def main():
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        cpu = torch.cpu.get_capabilities().get("cpu_name", "") if hasattr(torch.cpu, "get_capabilities") else ""
-        machine = f"{cpu or platform.processor()} {platform.machine()}, {torch.get_num_threads()} threads"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "tiktoken") if find_spec(name))
+        cpu = (
+            torch.cpu.get_capabilities().get("cpu_name", "")
+            if hasattr(torch.cpu, "get_capabilities")
+            else ""
+        )
+        machine = (
+            f"{cpu or platform.processor()} {platform.machine()}, {torch.get_num_threads()} threads"
+        )
+    packages = ", ".join(
+        f"{name} {version(name)}"
+        for name in ("torch", "transformers", "peft", "tiktoken")
+        if find_spec(name)
+    )
     print(f"{machine}; {packages}")
     for title, rows in JOBS.items():
-        rows = [row for row in rows if all(find_spec(name) or name not in row for name in ("transformers", "peft"))]
+        rows = [
+            row
+            for row in rows
+            if all(find_spec(name) or name not in row for name in ("transformers", "peft"))
+        ]
         rows = [row for row in rows if args.peer or "peer" not in row]
         if args.jobs and rows[0].split(":")[0] not in args.jobs:
             continue
         results = [[measure_apart(row) for row in rows] for _ in range(args.rounds)]
-        print(f"\n| {title} | median | (range) | ratio | peak memory |\n| --- | --- | --- | --- | --- |")
+        print(
+            f"\n| {title} | median | (range) | ratio | peak memory |\n| --- | --- | --- | --- | --- |"
+        )
         for row, measured in zip(rows, zip(*results)):
             rates, memories = zip(*measured)
             ratio = median(rates) / median(result[0][0] for result in results)
             name = row.split(": ")[1].replace("peer", args.peer.resolve().name if args.peer else "")
             spread = f"({min(rates):,.4g} to {max(rates):,.4g})"
-            print(f"| {name} | {median(rates):,.4g} | {spread} | {ratio:.2f} | {max(memories):.1f} GB |", flush=True)
+            print(
+                f"| {name} | {median(rates):,.4g} | {spread} | {ratio:.2f} | {max(memories):.1f} GB |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,15 @@ vocab["<|endoftext|>"] = 319
 (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
 
 torch.manual_seed(0)
-config = GPT2Config(vocab_size=320, n_positions=48, n_embd=24, n_layer=2, n_head=3, bos_token_id=319, eos_token_id=319)
+config = GPT2Config(
+    vocab_size=320,
+    n_positions=48,
+    n_embd=24,
+    n_layer=2,
+    n_head=3,
+    bos_token_id=319,
+    eos_token_id=319,
+)
 model = GPT2LMHeadModel(config).eval()
 with torch.no_grad():
     for name, parameter in model.named_parameters():
@@ -35,8 +43,22 @@ model.save_pretrained(folder)
 ids = torch.randint(0, 320, (2, 24))
 with torch.no_grad():
     out = model(ids, labels=ids)
-    greedy = model.generate(ids[:1, :8], max_new_tokens=30, do_sample=False, pad_token_id=319, eos_token_id=None)[0, 8:]
-save_file({"ids": ids, "logits": out.logits.contiguous(), "loss": out.loss.reshape(1)}, folder / "expected.safetensors")
-texts = ["The old man went home.", "  two  spaces\n\nand lines\t", "It's 12:30, isn't it?!", "naïve café – 東京 🙂", "<|endoftext|>", ""]
+    greedy = model.generate(
+        ids[:1, :8], max_new_tokens=30, do_sample=False, pad_token_id=319, eos_token_id=None
+    )[0, 8:]
+save_file(
+    {"ids": ids, "logits": out.logits.contiguous(), "loss": out.loss.reshape(1)},
+    folder / "expected.safetensors",
+)
+texts = [
+    "The old man went home.",
+    "  two  spaces\n\nand lines\t",
+    "It's 12:30, isn't it?!",
+    "naïve café – 東京 🙂",
+    "<|endoftext|>",
+    "",
+]
 expected = {"greedy": greedy.tolist(), "texts": {text: bpe.encode(text).ids for text in texts}}
-(folder / "expected.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+(folder / "expected.json").write_text(
+    json.dumps(expected, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+)

@@ -35,7 +35,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files, self.faults, self.asked, self.tokens = {}, {}, [], []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def publish(self, name, folder, revision="main"):
         for path in folder.iterdir():
@@ -58,13 +60,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"X-Error-Message": "Entry not found"})
         elif path.endswith(".safetensors"):
             body = hub.files[path]
-            headers = {"X-Linked-ETag": self.etag or f'"{hashlib.sha256(body).hexdigest()}"', "X-Linked-Size": str(len(body))}
+            headers = {
+                "X-Linked-ETag": self.etag or f'"{hashlib.sha256(body).hexdigest()}"',
+                "X-Linked-Size": str(len(body)),
+            }
             self.answer(302, {"Location": "/storage" + path, "X-Repo-Commit": COMMIT} | headers)
         else:
             self.send_file(hub.files[path], {"X-Repo-Commit": COMMIT, "ETag": '"0123"'})
 
     def send_file(self, body, headers):
-        start = int(self.headers["Range"].removeprefix("bytes=")[:-1]) if self.honour_range and "Range" in self.headers else 0
+        start = (
+            int(self.headers["Range"].removeprefix("bytes=")[:-1])
+            if self.honour_range and "Range" in self.headers
+            else 0
+        )
         if start >= len(body) and start:
             return self.answer(416, {"Content-Range": f"bytes */{len(body)}"})
         if start:
@@ -75,7 +84,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body) if self.announced is None else self.announced))
+        self.send_header(
+            "Content-Length", str(len(body) if self.announced is None else self.announced)
+        )
         self.end_headers()
         self.wfile.write(body if self.n_sent is None else body[: self.n_sent])
         return True
@@ -85,7 +96,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def fails(status, **headers):
-    return lambda handler: handler.answer(status, {key.replace("_", "-"): value for key, value in headers.items()})
+    return lambda handler: handler.answer(
+        status, {key.replace("_", "-"): value for key, value in headers.items()}
+    )
 
 
 def sets(**attributes):
@@ -157,13 +170,17 @@ def test_one_request_is_enough(fetch, kind):
 def test_goes_on_where_the_connection_broke(fetch, capsys, kind):
     ranges = fetch(sets(n_sent=100_000), sets(n_sent=100_000), kind=kind)
     starts = [int(wanted.removeprefix("bytes=")[:-1]) for wanted in ranges[1:]]
-    assert ranges[0] is None and len(starts) == 2 and 0 < starts[0] <= 100_000 < starts[1] <= 200_000
-    assert capsys.readouterr().err.count("trying again in 0.01 s") == 2  # an attempt that brought more makes waits short again
+    assert (
+        ranges[0] is None and len(starts) == 2 and 0 < starts[0] <= 100_000 < starts[1] <= 200_000
+    )
+    assert (
+        capsys.readouterr().err.count("trying again in 0.01 s") == 2
+    )  # an attempt that brought more makes waits short again
 
 
 def test_server_that_ignores_range(fetch):
     assert len(fetch(sets(n_sent=200_000), sets(honour_range=False))) == 2
-    
+
 
 def test_breaks_again_and_again_without_range(hub, tmp_path):
     """The file cannot come whole; the attempts must end nevertheless."""
@@ -243,10 +260,16 @@ def test_wrong_hash_is_an_error_and_leaves_nothing(fetch, tmp_path):
 def test_hash_of_small_hubs_without_storage_host(hub, tmp_path):
     """A mirror that serves the file itself gives the SHA-256 as its ETag."""
     hub.files["/x"] = BODY
-    hub.faults["/x"] = [lambda handler: handler.send_file(BODY, {"X-Repo-Commit": COMMIT, "ETag": f'"{"1" * 64}"'}) or True]
+    hub.faults["/x"] = [
+        lambda handler: (
+            handler.send_file(BODY, {"X-Repo-Commit": COMMIT, "ETag": f'"{"1" * 64}"'}) or True
+        )
+    ]
     with pytest.raises(ValueError, match="SHA-256"):
         download(hub.url + "/x", tmp_path / "x")
-    hub.faults["/x"] = [lambda handler: handler.send_file(BODY, {"ETag": f'"{"1" * 64}"'}) or True]  # any server: just a name
+    hub.faults["/x"] = [
+        lambda handler: handler.send_file(BODY, {"ETag": f'"{"1" * 64}"'}) or True
+    ]  # any server: just a name
     download(hub.url + "/x", tmp_path / "x")
 
 
@@ -285,7 +308,10 @@ def test_slow_trickle_is_waited_for(hub, tmp_path):
     assert (tmp_path / "x").read_bytes() == BODY and len(hub.asked) == 1
 
 
-@pytest.mark.parametrize("status, error, message", [(404, FileNotFoundError, "no such file"), (401, ValueError, "401 Una")])
+@pytest.mark.parametrize(
+    "status, error, message",
+    [(404, FileNotFoundError, "no such file"), (401, ValueError, "401 Una")],
+)
 def test_refusals_are_not_tried_again(hub, fetch, tmp_path, status, error, message):
     with pytest.raises(error, match=message):
         fetch(*[fails(status)] * 9, kind="txt")
@@ -293,7 +319,9 @@ def test_refusals_are_not_tried_again(hub, fetch, tmp_path, status, error, messa
 
 
 def test_what_is_there_is_not_fetched(hub, monkeypatch, tmp_path):
-    monkeypatch.delattr(load_gpt2, "open_part")  # nothing is written either: the cache of a cluster is often read-only
+    monkeypatch.delattr(
+        load_gpt2, "open_part"
+    )  # nothing is written either: the cache of a cluster is often read-only
     (tmp_path / "x").write_bytes(b"here")
     download(hub.url + "/x", tmp_path / "x")
     assert not hub.asked
@@ -314,7 +342,9 @@ def test_progress_line(hub, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     download(hub.url + "/x", tmp_path / "x")
     lines = capsys.readouterr().err.split("\r\x1b[K")
-    assert len(lines) > 3 and all(part in lines[2] for part in ("x: ", " of 2 MB, ", " MB/s, ", " left"))
+    assert len(lines) > 3 and all(
+        part in lines[2] for part in ("x: ", " of 2 MB, ", " MB/s, ", " left")
+    )
     assert lines[-1].startswith("x: 2 MB in 0:0") and lines[-1].endswith("\n")
 
 
@@ -327,7 +357,9 @@ def test_many_processes_at_once(hub, tmp_path):
     slow = lambda handler: time.sleep(0.2)  # noqa: E731
     hub.faults["/storage" + path] = [slow] * 9
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=download, args=(hub.url + path, tmp_path / "x")) for _ in range(4)]
+    processes = [
+        fork.Process(target=download, args=(hub.url + path, tmp_path / "x")) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     while not list(tmp_path.glob("x.part")):
@@ -336,8 +368,12 @@ def test_many_processes_at_once(hub, tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert (tmp_path / "x").read_bytes() == BODY * 10 and [path.name for path in tmp_path.glob("x*")] == ["x"]
-    assert len([path for path, _ in hub.asked if path.startswith("/storage")]) <= 2  # the others waited for the first
+    assert (tmp_path / "x").read_bytes() == BODY * 10 and [
+        path.name for path in tmp_path.glob("x*")
+    ] == ["x"]
+    assert (
+        len([path for path, _ in hub.asked if path.startswith("/storage")]) <= 2
+    )  # the others waited for the first
 
 
 @pytest.mark.parametrize("look", [1, 2, 3])
@@ -389,9 +425,16 @@ def test_short_names(hub, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["load_gpt2.py", "--list"])
     load_gpt2.main()
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    parameters = {"distilgpt2": 81_912_576, "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
+    parameters = {
+        "distilgpt2": 81_912_576,
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+    }
     for name, n in (parameters | {"gpt2-xl": 1_557_611_200}).items():
-        assert rows[name][0] == f"{n:,}" and (rows[name][-1] == "-") == (name not in ("gpt2", "distilgpt2"))
+        assert rows[name][0] == f"{n:,}" and (rows[name][-1] == "-") == (
+            name not in ("gpt2", "distilgpt2")
+        )
     assert rows["gpt2"][1:3] == ["548", "MB"]
 
 
@@ -416,7 +459,9 @@ def test_shards_and_tokenizer_json(hub, tmp_path):
     folder = tmp_path / "sharded"
     shutil.copytree(TINY, folder)
     shard(folder)
-    merges = [line.split(" ") for line in (folder / "merges.txt").read_text("utf-8").splitlines()[1:]]
+    merges = [
+        line.split(" ") for line in (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
+    ]
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     added = [{"id": vocab.pop("<|endoftext|>"), "content": "<|endoftext|>"}]
     cut = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -437,7 +482,9 @@ def test_breaks_in_the_middle_of_a_repository(hub):
     hub.publish("a/b", TINY)
     path = f"/storage/a/b/resolve/{COMMIT}/model.safetensors"
     hub.faults[path] = [fails(500)] * 6
-    with pytest.raises(ValueError, match="500.*models--a--b does not hold it.*set HF_ENDPOINT to a mirror"):
+    with pytest.raises(
+        ValueError, match="500.*models--a--b does not hold it.*set HF_ENDPOINT to a mirror"
+    ):
         load("a/b")
     hub.faults[path] = [sets(n_sent=70_000), fails(503)]
     assert same_as_tiny(load("a/b")) and hub.asked[-3][1].startswith("bytes=")
@@ -446,9 +493,13 @@ def test_breaks_in_the_middle_of_a_repository(hub):
 def test_mirror_that_tells_no_commit(hub, tmp_path):
     hub.publish("a/b", TINY)
     for path in list(hub.files):
-        hub.faults[path] = [lambda handler: handler.send_file(handler.server.files[handler.path], {}) or True] * 2
+        hub.faults[path] = [
+            lambda handler: handler.send_file(handler.server.files[handler.path], {}) or True
+        ] * 2
     assert same_as_tiny(load("a/b"))
-    assert (tmp_path / "hf" / "hub" / "models--a--b" / "snapshots" / "main" / "config.json").exists()
+    assert (
+        tmp_path / "hf" / "hub" / "models--a--b" / "snapshots" / "main" / "config.json"
+    ).exists()
 
 
 def test_revision(hub):
@@ -481,11 +532,23 @@ def run(monkeypatch, capsys, *args):
         ("out/storie", {}, [], "out/storie is not a folder, and the hub refuses"),
         ("a/b/c", {}, [], "a/b/c is not a folder; names on the hub are"),
         ("../b", {}, [], "../b is not a folder; names on the hub are"),
-        ("a/llama", {"config.json": b'{"model_type": "llama"}'}, [], 'not a GPT-2 ("model_type" is not "gpt2")'),
-        ("a/pickle", {"config.json": b'{"model_type": "gpt2"}', "pytorch_model.bin": b""}, [], "pickles (*.bin, *.pt)"),
+        (
+            "a/llama",
+            {"config.json": b'{"model_type": "llama"}'},
+            [],
+            'not a GPT-2 ("model_type" is not "gpt2")',
+        ),
+        (
+            "a/pickle",
+            {"config.json": b'{"model_type": "gpt2"}', "pytorch_model.bin": b""},
+            [],
+            "pickles (*.bin, *.pt)",
+        ),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_line(hub, monkeypatch, capsys, name, files, faults, message):
+def test_what_the_hub_does_not_give_is_one_line(
+    hub, monkeypatch, capsys, name, files, faults, message
+):
     for file, body in files.items():
         for revision in ("main", COMMIT):
             hub.files[f"/{name}/resolve/{revision}/{file}"] = body
@@ -501,5 +564,11 @@ def test_no_network_and_no_cache_is_one_line(hub, monkeypatch, capsys):
     code, _, error = run(monkeypatch, capsys, "gpt2")
     *attempts, last = error.splitlines()
     assert code == 2 and len(attempts) == 5 and last.startswith("error: " + hub.url)
-    for part in ("Connection refused", os.environ["HF_HOME"], "--gpt2 does not hold it", "give a folder", "HF_ENDPOINT"):
+    for part in (
+        "Connection refused",
+        os.environ["HF_HOME"],
+        "--gpt2 does not hold it",
+        "give a folder",
+        "HF_ENDPOINT",
+    ):
         assert part in last

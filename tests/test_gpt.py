@@ -12,11 +12,22 @@ import regex
 import torch
 
 import gpt
-from gpt import GPT, GPT2_CONFIGS, GPTConfig, ShuffledBatches, TokenDataset, Tokenizer, create_dataloader, sample
+from gpt import (
+    GPT,
+    GPT2_CONFIGS,
+    GPTConfig,
+    ShuffledBatches,
+    TokenDataset,
+    Tokenizer,
+    create_dataloader,
+    sample,
+)
 from load_gpt2 import load_gpt2, read_safetensors
 
 ROOT = Path(__file__).parent.parent
-TINY = Path(__file__).parent / "tiny-gpt2"  # made by Hugging Face's libraries, see make_tiny_gpt2.py
+TINY = (
+    Path(__file__).parent / "tiny-gpt2"
+)  # made by Hugging Face's libraries, see make_tiny_gpt2.py
 EXPECTED = json.loads((TINY / "expected.json").read_text(encoding="utf-8"))
 STORIES = (ROOT / "data" / "stories.txt").read_text(encoding="utf-8")
 
@@ -64,8 +75,17 @@ def test_gpt2_ids_are_the_published_ones():
     assert tokenizer.vocab_size == 50257 and tokenizer.eot == 50256
     assert tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
     assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]  # LLMs-from-scratch, chapter 4
-    assert tokenizer.encode("!") == [0] and tokenizer.encode(" ") == [220] and tokenizer.encode("\n") == [198]
+    assert tokenizer.encode("Every effort moves you") == [
+        6109,
+        3626,
+        6100,
+        345,
+    ]  # LLMs-from-scratch, chapter 4
+    assert (
+        tokenizer.encode("!") == [0]
+        and tokenizer.encode(" ") == [220]
+        and tokenizer.encode("\n") == [198]
+    )
 
 
 def test_control_token_in_a_text_is_plain_characters():
@@ -92,7 +112,9 @@ def random_texts():
             yield "".join(rng.choice(alphabet, n))
 
 
-@pytest.mark.parametrize("tokenizer", [Tokenizer.gpt2(), Tokenizer.train(STORIES, 400)], ids=["gpt2", "trained"])
+@pytest.mark.parametrize(
+    "tokenizer", [Tokenizer.gpt2(), Tokenizer.train(STORIES, 400)], ids=["gpt2", "trained"]
+)
 def test_decode_undoes_encode(tokenizer):
     for text in random_texts():
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -157,8 +179,12 @@ def test_save_and_load(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
     # The fixture's files come from another program: the same content must give the same bytes' meaning
     Tokenizer.load(TINY).save(tmp_path)
-    assert json.loads((tmp_path / "vocab.json").read_text("utf-8")) == json.loads((TINY / "vocab.json").read_text("utf-8"))
-    assert (tmp_path / "merges.txt").read_text("utf-8").split("\n")[1:] == (TINY / "merges.txt").read_text("utf-8").split("\n")[1:]
+    assert json.loads((tmp_path / "vocab.json").read_text("utf-8")) == json.loads(
+        (TINY / "vocab.json").read_text("utf-8")
+    )
+    assert (tmp_path / "merges.txt").read_text("utf-8").split("\n")[1:] == (
+        TINY / "merges.txt"
+    ).read_text("utf-8").split("\n")[1:]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +224,10 @@ def test_every_token_is_a_target_once(container, n):
 
 
 def test_stride():
-    windows = [(inputs.tolist(), targets.tolist()) for inputs, targets in TokenDataset(list(range(10)), 4, stride=2)]
+    windows = [
+        (inputs.tolist(), targets.tolist())
+        for inputs, targets in TokenDataset(list(range(10)), 4, stride=2)
+    ]
     assert windows == [
         ([0, 1, 2, 3], [1, 2, 3, 4]),
         ([2, 3, 4, 5], [3, 4, 5, 6]),
@@ -247,9 +276,15 @@ def test_memory_stays_flat_over_a_large_file(tmp_path):
 def test_a_file_is_read_window_by_window(tmp_path):
     """VmFlags has "rr" where the system was told that reads are at random, so that it reads nothing ahead of them"""
     np.zeros(10_000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
-    dataset = TokenDataset(np.memmap(tmp_path / "tokens.bin", dtype=np.uint16, mode="r"), context_length=16)
+    dataset = TokenDataset(
+        np.memmap(tmp_path / "tokens.bin", dtype=np.uint16, mode="r"), context_length=16
+    )
     mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
-    (flags,) = (after.split("\n")[0] for before, after in zip(mappings, mappings[1:]) if str(tmp_path) in before)
+    (flags,) = (
+        after.split("\n")[0]
+        for before, after in zip(mappings, mappings[1:])
+        if str(tmp_path) in before
+    )
     assert len(dataset) == 625 and "rr" in flags.split()
 
 
@@ -328,7 +363,9 @@ def test_gradients_are_finite_differences():
                 losses.append(model(ids, targets).item())
             flat[i] = value
             slope = (losses[0] - losses[1]) / (2 * step)
-            assert parameter.grad.view(-1)[i].item() == pytest.approx(slope, abs=1e-8, rel=1e-6), name
+            assert parameter.grad.view(-1)[i].item() == pytest.approx(slope, abs=1e-8, rel=1e-6), (
+                name
+            )
 
 
 def test_masked_targets_do_not_count(tiny):
@@ -376,14 +413,23 @@ def test_one_batch_can_be_learned_by_heart():
 
 def test_names_ties_and_buffers(tiny):
     names = set(tiny.state_dict())
-    assert {"wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_proj.bias", "ln_f.bias"} <= names
+    assert {
+        "wte.weight",
+        "wpe.weight",
+        "h.0.ln_1.weight",
+        "h.0.attn.c_attn.weight",
+        "h.1.mlp.c_proj.bias",
+        "ln_f.bias",
+    } <= names
     assert len(names) == 2 + 2 * 12 + 2 and not list(tiny.buffers())
     x = torch.randn(3, 24)
     torch.testing.assert_close(tiny.head(x), x @ tiny.wte.weight.T)
 
 
 def test_dropout_in_training_only():
-    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=1, n_embd=16, dropout=0.5))
+    model = GPT(
+        GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=1, n_embd=16, dropout=0.5)
+    )
     ids = torch.arange(8)[None]
     assert not torch.equal(model(ids), model(ids))
     model.eval()
@@ -418,13 +464,17 @@ def test_cached_logits_are_uncached_logits_for_every_split(tiny):
         padded = torch.where(torch.arange(split) < read[:, None], ids[:, :split], 0)
         first = tiny.features(padded, cache, torch.arange(split).expand(3, split))
         for row in range(3):
-            torch.testing.assert_close(first[row, : read[row]], whole[row, : read[row]], rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                first[row, : read[row]], whole[row, : read[row]], rtol=0, atol=1e-5
+            )
         # The rest in steps of two tokens, each row from where it stands
         for _ in range(2):
             positions = read[:, None] + torch.arange(2)
             positions = positions.clamp(max=T - 1)
             x = tiny.features(ids.gather(1, positions), cache, positions)
-            torch.testing.assert_close(x, whole.gather(1, positions[..., None].expand(-1, -1, 24)), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                x, whole.gather(1, positions[..., None].expand(-1, -1, 24)), rtol=0, atol=1e-5
+            )
             read = (read + 2).clamp(max=T)
 
 
@@ -438,7 +488,9 @@ PROMPTS = [[5, 6, 7], [1], [300, 2, 9, 9, 4, 8, 250], [17, 3]]
 
 
 def test_a_batch_gives_each_row_what_it_gets_alone(tiny):
-    together = tiny.generate(PROMPTS, 60, temperature=0)  # outgrows the context of 48, each row at another step
+    together = tiny.generate(
+        PROMPTS, 60, temperature=0
+    )  # outgrows the context of 48, each row at another step
     assert together == [tiny.generate([prompt], 60, temperature=0)[0] for prompt in PROMPTS]
     assert [len(row) for row in together] == [60] * 4
 
@@ -476,7 +528,9 @@ def test_end_of_text_ends_a_row_and_only_that_row(tiny):
 
 
 def test_generation_leaves_the_model_as_it_was(tiny):
-    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=2, n_head=1, n_embd=16, dropout=0.5))
+    model = GPT(
+        GPTConfig(vocab_size=20, context_length=8, n_layer=2, n_head=1, n_embd=16, dropout=0.5)
+    )
     model.h[1].eval()
     modes = [module.training for module in model.modules()]
     first = model.generate([[1, 2]], 5, temperature=0)
@@ -495,7 +549,10 @@ def test_prompts_that_cannot_be_read_are_refused(tiny, prompt):
         tiny.generate([[1], prompt], 5)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}],
+)
 def test_options_that_mean_nothing_are_refused(tiny, options):
     with pytest.raises(ValueError, match="sampling"):
         tiny.generate([[1]], 5, **options)
@@ -524,7 +581,9 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.0, 0.0])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature(temperature):
     expected = torch.exp(LOGITS / temperature) / torch.exp(LOGITS / temperature).sum()
-    torch.testing.assert_close(frequencies(LOGITS, temperature=temperature), expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        frequencies(LOGITS, temperature=temperature), expected, rtol=0, atol=0.01
+    )
 
 
 def test_tiny_temperature_is_greedy():
@@ -536,7 +595,9 @@ def test_top_k():
     for k, ids in [(1, [1]), (3, [1, 2, 4]), (6, range(6)), (100, range(6))]:
         kept = torch.zeros(6)
         kept[list(ids)] = LOGITS[list(ids)].exp()
-        torch.testing.assert_close(frequencies(LOGITS, top_k=k), kept / kept.sum(), rtol=0, atol=0.01)
+        torch.testing.assert_close(
+            frequencies(LOGITS, top_k=k), kept / kept.sum(), rtol=0, atol=0.01
+        )
     assert (frequencies(torch.zeros(10), top_k=4) > 0).sum() == 4  # ties do not add to k
 
 
@@ -555,7 +616,10 @@ def test_rows_are_sampled_independently(tiny):
 
 
 def test_a_seed_repeats_a_text(tiny):
-    texts = [tiny.generate(PROMPTS, 10, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    texts = [
+        tiny.generate(PROMPTS, 10, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -576,7 +640,9 @@ def test_on_a_gpu_it_is_the_same_model():
     with torch.no_grad():
         logits = model(expected["ids"].cuda()).cpu()
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
-    assert model.generate(PROMPTS, 60, temperature=0) == load_gpt2(TINY)[0].generate(PROMPTS, 60, temperature=0)
+    assert model.generate(PROMPTS, 60, temperature=0) == load_gpt2(TINY)[0].generate(
+        PROMPTS, 60, temperature=0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,12 +656,16 @@ def test_importing_gpt_imports_torch_and_tiktoken_only():
         import gpt
         after = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
         print(sorted(after - before))"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "['gpt']"
 
 
 def test_tour_of_the_file_copied_alone(tmp_path):
     shutil.copy(ROOT / "gpt.py", tmp_path)
-    result = subprocess.run([sys.executable, "gpt.py"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "gpt.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "The| c|at| s|at| on| the| m|at" in result.stdout.splitlines()[-1]

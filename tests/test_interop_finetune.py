@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import GPTClassifier, LoRALinear, add_lora, load_classifier, load_lora, save_classifier, save_lora
+from finetune import (
+    GPTClassifier,
+    LoRALinear,
+    add_lora,
+    load_classifier,
+    load_lora,
+    save_classifier,
+    save_lora,
+)
 from load_gpt2 import load_gpt2
 
 transformers = pytest.importorskip("transformers")
@@ -14,7 +22,9 @@ peft = pytest.importorskip("peft")
 TINY = Path(__file__).parent / "tiny-gpt2"
 IDS = torch.randint(0, 319, (3, 24), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([24, 3, 11])
-PADDED = IDS.masked_fill(torch.arange(24) >= LENGTHS[:, None], 319)  # transformers finds the end by the padding
+PADDED = IDS.masked_fill(
+    torch.arange(24) >= LENGTHS[:, None], 319
+)  # transformers finds the end by the padding
 CLASSES = ["eggs", "ham", "spam"]
 
 
@@ -36,7 +46,9 @@ def test_classifier_opens_in_transformers(tmp_path):
     model, tokenizer = classifier()
     save_classifier(model, tokenizer, CLASSES, tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    assert type(theirs).__name__ == "GPT2ForSequenceClassification" and theirs.config.num_labels == 3
+    assert (
+        type(theirs).__name__ == "GPT2ForSequenceClassification" and theirs.config.num_labels == 3
+    )
     assert [theirs.config.id2label[i] for i in range(3)] == CLASSES
     ours = model(IDS, LENGTHS)
     assert torch.allclose(theirs(PADDED).logits, ours, atol=1e-5)
@@ -65,16 +77,22 @@ def test_classifiers_adapter_opens_in_peft(tmp_path):
     add_lora(model, rank=4, alpha=12).eval()
     randomise(model)
     save_lora(model, tmp_path, TINY)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(TINY, num_labels=3, pad_token_id=319)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        TINY, num_labels=3, pad_token_id=319
+    )
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.allclose(theirs(PADDED).logits, model(IDS, LENGTHS), atol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_proj", "c_fc"], r".*h\.1\.mlp\.c_(fc|proj)"])
+@pytest.mark.parametrize(
+    "targets", [["c_attn"], ["c_attn", "c_proj", "c_fc"], r".*h\.1\.mlp\.c_(fc|proj)"]
+)
 def test_adapter_of_peft_loads(tmp_path, targets):
     base = transformers.AutoModelForCausalLM.from_pretrained(TINY)
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     theirs = peft.get_peft_model(base, config).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
@@ -87,8 +105,16 @@ def test_adapter_of_peft_loads(tmp_path, targets):
 
 @torch.no_grad()
 def test_classifiers_adapter_of_peft_loads(tmp_path):
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(TINY, num_labels=3, pad_token_id=319)
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="SEQ_CLS")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        TINY, num_labels=3, pad_token_id=319
+    )
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=["c_attn", "c_proj"],
+        fan_in_fan_out=True,
+        task_type="SEQ_CLS",
+    )
     theirs = peft.get_peft_model(base, config).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
@@ -100,5 +126,7 @@ def test_classifiers_adapter_of_peft_loads(tmp_path):
 def test_count_is_pefts():
     with torch.device("meta"):
         base = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-        config = peft.LoraConfig(r=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+        config = peft.LoraConfig(
+            r=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
+        )
         assert peft.get_peft_model(base, config).get_nb_trainable_parameters()[0] == 2_359_296

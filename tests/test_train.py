@@ -18,7 +18,17 @@ import train as train_py
 from conftest import run_main
 from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
 from load_gpt2 import load_gpt2
-from train import TrainConfig, create_optimizers, data_fingerprint, read_chunks, read_losses, read_tokens, scheduled_learning_rate, tokenize, train
+from train import (
+    TrainConfig,
+    create_optimizers,
+    data_fingerprint,
+    read_chunks,
+    read_losses,
+    read_tokens,
+    scheduled_learning_rate,
+    tokenize,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "data" / "stories.txt"
@@ -40,7 +50,9 @@ run = partial(run_main, train_py)
 def start(*args, launcher=()):
     """The same as a process of its own"""
     command = [sys.executable, *launcher, ROOT / "train.py", *args]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture
@@ -61,13 +73,17 @@ def quick(monkeypatch, capsys, tmp_path):
 
 def test_schedule_at_its_corners():
     config = TrainConfig(steps=100, warmup=10, learning_rate=1.0)
-    assert scheduled_learning_rate(0, config) == pytest.approx(0.1)  # not 0, which would waste a step
+    assert scheduled_learning_rate(0, config) == pytest.approx(
+        0.1
+    )  # not 0, which would waste a step
     assert scheduled_learning_rate(9, config) == scheduled_learning_rate(10, config) == 1.0
     assert scheduled_learning_rate(55, config) == pytest.approx(0.55)  # half way down
     assert scheduled_learning_rate(100, config) == pytest.approx(0.1)
     assert scheduled_learning_rate(1000, config) == pytest.approx(0.1)  # and not up again
     assert scheduled_learning_rate(0, TrainConfig(warmup=0, learning_rate=1.0)) == 1.0
-    assert scheduled_learning_rate(3, TrainConfig(steps=3, warmup=5, learning_rate=1.0)) == pytest.approx(0.8)
+    assert scheduled_learning_rate(
+        3, TrainConfig(steps=3, warmup=5, learning_rate=1.0)
+    ) == pytest.approx(0.8)
     rates = [scheduled_learning_rate(step, config) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
 
@@ -78,7 +94,10 @@ def test_weight_decay_on_matrices_only():
     (adamw,) = create_optimizers(model, TrainConfig(weight_decay=0.3))
     decayed, others = adamw.param_groups
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
-    assert all(names[p].split(".")[-2] in ("wte", "wpe", "c_attn", "c_proj", "c_fc") for p in decayed["params"])
+    assert all(
+        names[p].split(".")[-2] in ("wte", "wpe", "c_attn", "c_proj", "c_fc")
+        for p in decayed["params"]
+    )
     assert all(names[p].endswith("bias") or ".ln_" in "." + names[p] for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(names)
     adamw, muon = create_optimizers(model, TrainConfig(weight_decay=0.3, optimizer="muon"))
@@ -119,12 +138,21 @@ def toy_rows():
 def toy_losses(out, micro_batch_size, **settings):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16))
-    config = TrainConfig(batch_size=8, dtype="float32", warmup=0, **{"steps": 10, "eval_every": 5, "grad_clip": 0.5} | settings)
-    loaders = [create_dataloader(toy_rows(), micro_batch_size, shuffle=shuffle) for shuffle in (True, False)]
+    config = TrainConfig(
+        batch_size=8,
+        dtype="float32",
+        warmup=0,
+        **{"steps": 10, "eval_every": 5, "grad_clip": 0.5} | settings,
+    )
+    loaders = [
+        create_dataloader(toy_rows(), micro_batch_size, shuffle=shuffle)
+        for shuffle in (True, False)
+    ]
     out.mkdir()
     train(model, *loaders, config, out, save=lambda: None)
     return [
-        [float(row[name]) for row in read_losses(out / "losses.csv") if row[name]] for name in ("train_loss", "val_loss")
+        [float(row[name]) for row in read_losses(out / "losses.csv") if row[name]]
+        for name in ("train_loss", "val_loss")
     ]
 
 
@@ -132,7 +160,9 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(tmp_path):
     whole, whole_val = toy_losses(tmp_path / "8", 8)
     for size in (4, 2, 1):
         cut, cut_val = toy_losses(tmp_path / str(size), size)
-        assert cut == pytest.approx(whole, rel=1e-5) and cut_val == pytest.approx(whole_val, rel=1e-5)
+        assert cut == pytest.approx(whole, rel=1e-5) and cut_val == pytest.approx(
+            whole_val, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("name, peak", [("adamw", 1e-3), ("muon", 5e-2)])
@@ -175,19 +205,30 @@ def test_losses_are_those_of_a_loop_written_out(tmp_path, name, peak):
         expected.append(loss.item())
         if step in (4, 9):
             expected_val.append(mean_loss(rows).item())
-    rel = 1e-5 if name == "adamw" else 2e-3  # bfloat16 rounds otherwise where products and sums come in another order
-    assert losses == pytest.approx(expected, rel=rel) and val_losses == pytest.approx(expected_val, rel=rel)
+    rel = (
+        1e-5 if name == "adamw" else 2e-3
+    )  # bfloat16 rounds otherwise where products and sums come in another order
+    assert losses == pytest.approx(expected, rel=rel) and val_losses == pytest.approx(
+        expected_val, rel=rel
+    )
     if name == "muon":
-        assert losses != pytest.approx(toy_losses(tmp_path / "adamw", 2, learning_rate=peak)[0], rel=rel)
+        assert losses != pytest.approx(
+            toy_losses(tmp_path / "adamw", 2, learning_rate=peak)[0], rel=rel
+        )
 
 
 def test_gradients_are_clipped_as_a_whole_step(tmp_path):
     """A clip that bites changes the run; it would bite differently on parts of a batch (test above has it on)"""
-    assert toy_losses(tmp_path / "a", 8, grad_clip=0.1)[0] != toy_losses(tmp_path / "b", 8, grad_clip=100.0)[0]
+    assert (
+        toy_losses(tmp_path / "a", 8, grad_clip=0.1)[0]
+        != toy_losses(tmp_path / "b", 8, grad_clip=100.0)[0]
+    )
 
 
 @pytest.mark.parametrize("batch_size, micro_batch_size", [(8, 3), (4, 8)])
-def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys, tmp_path, batch_size, micro_batch_size):
+def test_a_batch_that_does_not_divide_is_refused(
+    monkeypatch, capsys, tmp_path, batch_size, micro_batch_size
+):
     sizes = ["--batch-size", batch_size, "--micro-batch-size", micro_batch_size]
     code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, *sizes)
     assert code == 2 and error == (
@@ -198,7 +239,16 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys, tmp_path, 
 def test_two_processes_do_what_one_does(monkeypatch, capsys, quick, tmp_path):
     one = quick("one", "--dropout", 0.1, "--micro-batch-size", 4)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start("--out", tmp_path / "two", *QUICK, "--dropout", 0.1, "--micro-batch-size", 4, launcher=launcher)
+    process = start(
+        "--out",
+        tmp_path / "two",
+        *QUICK,
+        "--dropout",
+        0.1,
+        "--micro-batch-size",
+        4,
+        launcher=launcher,
+    )
     output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     two = read_losses(tmp_path / "two" / "losses.csv")
@@ -221,11 +271,23 @@ def test_a_run_leaves_a_folder_that_opens(quick, tmp_path, capsys):
     assert [int(row["step"]) for row in rows] == list(range(41))
     val_losses = {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
     assert list(val_losses) == [0, 20, 40]
-    assert val_losses[0] == pytest.approx(math.log(300), abs=0.2) and val_losses[40] < val_losses[0] - 1
+    assert (
+        val_losses[0] == pytest.approx(math.log(300), abs=0.2)
+        and val_losses[40] < val_losses[0] - 1
+    )
     names = {path.name for path in (tmp_path / "out").iterdir()} - {"losses.png"}
-    assert names == {"config.json", "model.safetensors", "merges.txt", "vocab.json", "losses.csv", "resume.pt"}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "merges.txt",
+        "vocab.json",
+        "losses.csv",
+        "resume.pt",
+    }
     model, tokenizer = load_gpt2(tmp_path / "out")
-    assert model.config.vocab_size == tokenizer.vocab_size == 300 and model.config.context_length == 16
+    assert (
+        model.config.vocab_size == tokenizer.vocab_size == 300 and model.config.context_length == 16
+    )
     # The folder holds the weights with the best validation loss: measured again, they give it
     ids = tokenizer.encode(STORIES.read_text("utf-8")) + [tokenizer.eot]
     ids = ids[-(len(ids) // 10) :]
@@ -260,7 +322,9 @@ def test_the_best_weights_stay_when_later_ones_are_worse(quick, tmp_path):
 
 
 def test_progress_and_samples_are_shown(monkeypatch, capsys, tmp_path):
-    code, out, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, "--prompt", "The door")
+    code, out, error = run(
+        monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, "--prompt", "The door"
+    )
     assert code == 0 and error == ""
     assert out.count("    The door") == 4
     assert "step     4/12 | loss " in out and " tokens/s | 0:00:00 left | val " in out
@@ -271,7 +335,9 @@ def test_a_second_run_destroys_nothing_unasked(monkeypatch, capsys, quick, tmp_p
     quick("out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
-    assert code == 2 and error.startswith("error: ") and "--resume" in error and "--overwrite" in error
+    assert (
+        code == 2 and error.startswith("error: ") and "--resume" in error and "--overwrite" in error
+    )
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(quick("out", "--overwrite", "--steps", 4)) == 5
 
@@ -280,7 +346,11 @@ def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, quic
     quick("out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     args = ["--out", tmp_path / "out", "--overwrite", *QUICK]
-    for bad in (["--micro-batch-size", 5], ["--prompt", "word " * 100], ["--context-length", 100_000]):
+    for bad in (
+        ["--micro-batch-size", 5],
+        ["--prompt", "word " * 100],
+        ["--context-length", 100_000],
+    ):
         assert run(monkeypatch, capsys, *args, *bad)[0] == 2
         assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
@@ -308,8 +378,23 @@ def test_a_text_that_has_changed_is_not_taken_for_the_same(monkeypatch, capsys, 
 
 
 def test_init_goes_on_from_a_folder(monkeypatch, capsys, quick, tmp_path):
-    losses = [float(row["val_loss"]) for row in quick("first", "--learning-rate", 3e-3, base=FRESH) if row["val_loss"]]
-    args = ["--init", tmp_path / "first", "--steps", 4, "--eval-every", 4, "--eval-windows", 8, "--dtype", "float32"]
+    losses = [
+        float(row["val_loss"])
+        for row in quick("first", "--learning-rate", 3e-3, base=FRESH)
+        if row["val_loss"]
+    ]
+    args = [
+        "--init",
+        tmp_path / "first",
+        "--steps",
+        4,
+        "--eval-every",
+        4,
+        "--eval-windows",
+        8,
+        "--dtype",
+        "float32",
+    ]
     code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "second", *args)
     assert code == 0, error
     again = read_losses(tmp_path / "second" / "losses.csv")
@@ -317,7 +402,9 @@ def test_init_goes_on_from_a_folder(monkeypatch, capsys, quick, tmp_path):
     assert load_gpt2(tmp_path / "second")[1].merges == load_gpt2(tmp_path / "first")[1].merges
     code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "x", *args, "--vocab-size", 400)
     assert code == 2 and "--vocab-size 400 does not fit" in error
-    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "x", *args, "--context-length", 17)
+    code, _, error = run(
+        monkeypatch, capsys, "--out", tmp_path / "x", *args, "--context-length", 17
+    )
     assert code == 2 and "--context-length 17 is more than the 16" in error
 
 
@@ -326,7 +413,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, quick, tmp
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     args = ["--resume", tmp_path / "out", "--steps", 100, "--learning-rate", 1e38]
     code, _, error = run(monkeypatch, capsys, *args)
-    assert code == 2 and error.startswith("error: the loss is ") and error.count("\n") == 1 and "last good state" in error
+    assert (
+        code == 2
+        and error.startswith("error: the loss is ")
+        and error.count("\n") == 1
+        and "last good state" in error
+    )
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
@@ -347,14 +439,24 @@ def wait_for_step(out, step, process):
 def test_stopped_and_killed_and_resumed_is_uninterrupted(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     uninterrupted, process = start("--out", whole, *LONG), start("--out", cut, *LONG)
-    for step, number, code in [(0, signal.SIGKILL, -9), (30, signal.SIGINT, 130), (60, signal.SIGTERM, 143)]:
+    for step, number, code in [
+        (0, signal.SIGKILL, -9),
+        (30, signal.SIGINT, 130),
+        (60, signal.SIGTERM, 143),
+    ]:
         wait_for_step(cut, step, process)
         time.sleep(0.05)  # somewhere between two saves
         process.send_signal(number)
         output, error = process.communicate(timeout=60)
         assert process.returncode == code and error == ""
         if code > 0:  # it had time to say how to go on, and to save what it had done
-            assert f"--resume {cut}" in output and len(read_losses(cut / "losses.csv")) - 1 not in (0, 30, 60, 90, 120)
+            assert f"--resume {cut}" in output and len(read_losses(cut / "losses.csv")) - 1 not in (
+                0,
+                30,
+                60,
+                90,
+                120,
+            )
         process = start("--resume", cut)
     for process in (process, uninterrupted):
         _, error = process.communicate(timeout=120)
@@ -368,20 +470,40 @@ def test_the_state_alone_is_enough_to_go_on(monkeypatch, capsys, quick, tmp_path
     quick("out", "--steps", 4)
     before = read_losses(out / "losses.csv")
     (out / "losses.csv").unlink()
-    assert run(monkeypatch, capsys, "--resume", out)[0] == 0 and read_losses(out / "losses.csv") == before
+    assert (
+        run(monkeypatch, capsys, "--resume", out)[0] == 0
+        and read_losses(out / "losses.csv") == before
+    )
     (out / "losses.csv").write_text("nonsense")
     assert run(monkeypatch, capsys, "--resume", out, "--steps", 8)[0] == 0
     after = read_losses(out / "losses.csv")
-    assert after[:5] == before and [row["step"] for row in after] == [str(step) for step in range(9)]
+    assert after[:5] == before and [row["step"] for row in after] == [
+        str(step) for step in range(9)
+    ]
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
     code, _, error = run(monkeypatch, capsys, "--resume", out)
-    assert code == 2 and error.startswith(f"error: {out / 'resume.pt'}: does not fit the model of ") and error.count("\n") == 1
+    assert (
+        code == 2
+        and error.startswith(f"error: {out / 'resume.pt'}: does not fit the model of ")
+        and error.count("\n") == 1
+    )
     state = torch.load(out / "resume.pt", weights_only=True)
-    for wrong in ({"history": []}, {"step": 9}, {"settings": None}, {"step": "8"}, {"model": None}, {"optimizers": [{}]}):
+    for wrong in (
+        {"history": []},
+        {"step": 9},
+        {"settings": None},
+        {"step": "8"},
+        {"model": None},
+        {"optimizers": [{}]},
+    ):
         torch.save(state | wrong, out / "resume.pt")
         code, _, error = run(monkeypatch, capsys, "--resume", out)
-        assert code == 2 and error.startswith(f"error: {out / 'resume.pt'}: ") and error.count("\n") == 1
+        assert (
+            code == 2
+            and error.startswith(f"error: {out / 'resume.pt'}: ")
+            and error.count("\n") == 1
+        )
 
 
 def test_run_in_the_folder_at_hand(monkeypatch, capsys, tmp_path):
@@ -405,7 +527,11 @@ def test_variables_of_other_launchers_say_nothing(monkeypatch, quick):
 def test_chunks_have_the_tokens_of_the_whole(tmp_path):
     tokenizer = Tokenizer.gpt2()
     rng = np.random.default_rng(0)
-    for alphabet in (["word", " ", "\n", "  ", "don't", "\t", "!?", "\x1c", "\u2003", "東京", "12", "\x85"], ["a"], [" ", "\n"]):
+    for alphabet in (
+        ["word", " ", "\n", "  ", "don't", "\t", "!?", "\x1c", "\u2003", "東京", "12", "\x85"],
+        ["a"],
+        [" ", "\n"],
+    ):
         text = "".join(rng.choice(alphabet, 400))
         (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
         text = (tmp_path / "text").read_text("utf-8")
@@ -413,7 +539,9 @@ def test_chunks_have_the_tokens_of_the_whole(tmp_path):
             chunks = list(read_chunks(tmp_path / "text", n))
             assert "".join(chunks) == text
             if len(alphabet) > 2:
-                assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(text)
+                assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(
+                    text
+                )
 
 
 def test_token_file(tmp_path):
@@ -424,8 +552,14 @@ def test_token_file(tmp_path):
     tokenize([tmp_path / name for name in texts], tokenizer, path)
     expected = [i for text in texts.values() for i in [*tokenizer.encode(text), tokenizer.eot]]
     assert read_tokens(path).tolist() == expected
-    header = np.fromfile(path, dtype=np.int32, count=256)  # llm.c's: magic, version, number of tokens
-    assert header[:3].tolist() == [20240520, 1, len(expected)] and path.stat().st_size == 1024 + 2 * len(expected)
+    header = np.fromfile(
+        path, dtype=np.int32, count=256
+    )  # llm.c's: magic, version, number of tokens
+    assert header[:3].tolist() == [
+        20240520,
+        1,
+        len(expected),
+    ] and path.stat().st_size == 1024 + 2 * len(expected)
     # A second time there is nothing to do
     written = path.stat().st_mtime_ns
     tokenize([tmp_path / name for name in texts], tokenizer, path)
@@ -447,7 +581,11 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     texts = [tmp_path / f"{i}.txt" for i in range(3)]
     for i, path in enumerate(texts):
         path.write_text(f"Text {i} has so many words. " * 40, encoding="utf-8")
-    tokenizer, path, part = Tokenizer.load(TINY), tmp_path / "tokens.bin", tmp_path / "tokens.bin.part"
+    tokenizer, path, part = (
+        Tokenizer.load(TINY),
+        tmp_path / "tokens.bin",
+        tmp_path / "tokens.bin.part",
+    )
     monkeypatch.setattr("train.read_chunks", lambda path: read_chunks(path, 100))
     monkeypatch.setattr("train.CHUNKS_AT_ONCE", 1)
     tokenize(texts, tokenizer, path)
@@ -483,7 +621,14 @@ def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 
 def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
-    state = {"step": 0, "best_loss": 1.0, "history": [{}], "model": {}, "optimizers": [], "settings": {"command": "classify"}}
+    state = {
+        "step": 0,
+        "best_loss": 1.0,
+        "history": [{}],
+        "model": {},
+        "optimizers": [],
+        "settings": {"command": "classify"},
+    }
     torch.save(state, tmp_path / "resume.pt")
     code, _, error = run(monkeypatch, capsys, "--resume", tmp_path)
     assert code == 2 and "is a run of finetune.py: python finetune.py classify --resume" in error
@@ -506,7 +651,9 @@ def test_bin_takes_the_files_of_nanogpt_and_llmc(quick, tmp_path):
     first = quick("a", "--bin", tmp_path / "nanogpt" / "*.bin")
     second = quick("b", "--bin", tmp_path / "llmc" / "*.bin")
     assert first == second and len(first) == 13
-    assert first != quick("c", "--bin", tmp_path / "nanogpt" / "train.bin")  # which is cut for validation then
+    assert first != quick(
+        "c", "--bin", tmp_path / "nanogpt" / "train.bin"
+    )  # which is cut for validation then
 
 
 def test_links_keep_their_names_on_resume(monkeypatch, capsys, quick, tmp_path):
@@ -526,7 +673,9 @@ def test_text_takes_files_folders_and_globs(quick, tmp_path):
     stories = STORIES.read_text("utf-8")
     (tmp_path / "texts" / "1.txt").write_text(stories[:5000], encoding="utf-8")
     (tmp_path / "texts" / "deep" / "2.txt").write_text(stories[5000:10000], encoding="utf-8")
-    (tmp_path / "a [1].txt").write_text(stories[:5000], encoding="utf-8")  # a name, not a glob for "a 1.txt"
+    (tmp_path / "a [1].txt").write_text(
+        stories[:5000], encoding="utf-8"
+    )  # a name, not a glob for "a 1.txt"
     (tmp_path / "a 1.txt").write_text("no")
     files = [tmp_path / "a [1].txt", tmp_path / "texts" / "deep" / "2.txt"]
     for i, names in enumerate([files, [tmp_path / "texts"], [tmp_path / "texts" / "**" / "*.txt"]]):
@@ -538,7 +687,9 @@ def test_text_takes_files_folders_and_globs(quick, tmp_path):
 
 def test_a_text_may_have_val_in_its_name(quick, tmp_path):
     (tmp_path / "carnival.txt").write_text(STORIES.read_text("utf-8"), encoding="utf-8")
-    assert quick("interval", "--text", tmp_path / "carnival.txt", "--steps", 2) == quick("a", "--steps", 2)
+    assert quick("interval", "--text", tmp_path / "carnival.txt", "--steps", 2) == quick(
+        "a", "--steps", 2
+    )
 
 
 def test_text_from_a_url_is_fetched_once(quick, tmp_path):
@@ -632,6 +783,14 @@ def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
     code, output, _ = run(monkeypatch, capsys, "--help")
     assert code == 0
     text = " ".join(output.split())
-    for option in ("--steps", "--batch-size", "--learning-rate", "--resume", "--bin", "--device", "--compile"):
+    for option in (
+        "--steps",
+        "--batch-size",
+        "--learning-rate",
+        "--resume",
+        "--bin",
+        "--device",
+        "--compile",
+    ):
         assert option in text
     assert text.count("(default: ") >= 15 and "None" not in text

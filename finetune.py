@@ -357,7 +357,8 @@ def read_rows(source, folder, columns, optional=()):
     """
     A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json: a list of objects;
     .jsonl: an object in each line; .csv; .tsv: without a header, its columns are label and text.
-    Raises ValueError with the number of the row for a value that is missing, empty or not a text.
+    Raises ValueError with the number of the row for a value that is missing, not a text, or empty
+    and not in a column that is optional.
     """
     (path,) = find_files([source], folder)
     with damaged(path):
@@ -380,12 +381,10 @@ def read_rows(source, folder, columns, optional=()):
                 raise ValueError(f"row {i} does not have the columns of the others")
             for column in columns:
                 value = row.get(column)
-                if not isinstance(value, (str, int)) or not str(value).strip():
+                is_text = isinstance(value, (str, int)) and str(value).strip()
+                if not is_text and not (column in optional and value in (None, "")):
                     raise ValueError(f"row {i}: {column} is {value!r:.50}")
-        return [
-            {c: str(row[c]) for c in columns} | {c: str(row.get(c) or "") for c in optional}
-            for row in rows
-        ]
+        return [{c: "" if row.get(c) is None else str(row[c]) for c in columns} for row in rows]
 
 
 def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
@@ -455,10 +454,11 @@ class FinetuneConfig(RunConfig):
 RANDOM_CONFIG = GPTConfig(1024, context_length=128, n_layer=2, n_head=4, n_embd=128)
 
 
-def create_base(config, texts):
+def create_base(config, texts, min_context=0):
     """
     -> GPT, Tokenizer, the config with its defaults that depend on the model filled in.
-    Positions beyond the context of the base are random. texts: to learn a vocabulary, for random.
+    texts: to learn a vocabulary, for random. min_context: what the task needs. Positions beyond the
+    context of the base are new and random, which LoRA cannot train.
     """
     torch.manual_seed(config.seed)
     if config.init == "random":
@@ -480,7 +480,8 @@ def create_base(config, texts):
     if config.learning_rate is None:
         config = replace(config, learning_rate=1e-3 if is_small or config.lora_rank else 5e-5)
     if config.context_length is None:
-        config = replace(config, context_length=sizes.context_length)
+        n = sizes.context_length if config.lora_rank else max(sizes.context_length, min_context)
+        config = replace(config, context_length=n)
     if config.lora_rank and config.context_length > sizes.context_length:
         raise ValueError(
             f"LoRA cannot learn more positions than the base has: {sizes.context_length}"
@@ -665,11 +666,12 @@ def instruct(config):
     """Learn to follow instructions."""
     device = start_processes(config.device)
     with run_folder(config.out):
-        columns = ("instruction", "output")
+        columns = ("instruction", "input", "output")
         entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
         parts = split_rows(entries, config.seed, n_val=1, n_test=2)
         texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
-        model, tokenizer, filled = create_base(config, texts)
+        # In a small vocabulary, the prompt alone takes a hundred tokens
+        model, tokenizer, filled = create_base(config, texts, min_context=256)
         settings, checkpoint = read_checkpoint(config.out, config, (entries, tokenizer.vocab))
         model.to(device)
         context_length = model.config.context_length
@@ -707,7 +709,7 @@ def instruct(config):
             results = [dict(entry) for entry in test.entries]
             models = {"response": best}
             if config.compare:
-                base, _, _ = create_base(config, texts)
+                base, _, _ = create_base(config, texts, min_context=256)
                 models["base_response"] = base.to(device, dtype)
             for name, model in models.items():
                 responses = respond(model, tokenizer, test.entries, config.max_new_tokens)
@@ -787,7 +789,7 @@ Answer with the number alone."""
 def judge(responses, url, model):
     """Score responses with a larger model on a server that has OpenAI's chat API."""
     kinds = ["response", "base_response"]
-    columns = ("instruction", "output", "response")
+    columns = ("instruction", "input", "output", *kinds)
     rows = read_rows(responses, Path("."), columns, optional=("input", "base_response"))
     for kind in kinds:
         scores = []

@@ -154,6 +154,14 @@ def format_prompt(entry):
     return prompt + "### Response:\n"
 
 
+# The same prompt for `tokenizer.apply_chat_template` of transformers, and tools that use it
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}"
+    + format_prompt({"instruction": "{{ message.content }}"})
+    + "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
 class InstructionDataset(list):
     """
     Entries {instruction, input, output} -> (ids, targets), (T,) each, of prompt, response and
@@ -332,7 +340,7 @@ def load_lora(model, folder):
     config = read_json(path)
     with damaged(path):
         settings = [config.pop(name) for name in ("r", "lora_alpha", "lora_dropout")]
-        for name in config.keys() - PEFT_IGNORED:
+        for name in sorted(config.keys() - PEFT_IGNORED):
             if config[name] not in PEFT_ALLOWED.get(name, (None, False, {}, [])):
                 raise ValueError(f"{name}={config[name]} is not supported, only plain LoRA")
     path = Path(folder) / "adapter_model.safetensors"
@@ -343,7 +351,7 @@ def load_lora(model, folder):
         suffix = ".lora_A.weight"
         add_lora(model, *settings, [n.removesuffix(suffix) for n in tensors if n.endswith(suffix)])
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-        misfits = unexpected + [name for name in missing if ".lora_" in name]
+        misfits = unexpected + [n for n in missing if ".lora_" in n or n == "score.weight"]
         if misfits:
             raise ValueError(f"{misfits[0]} is missing, or has no place in the model")
     return model
@@ -360,7 +368,9 @@ def read_rows(source, folder, columns, optional=()):
     Raises ValueError with the number of the row for a value that is missing, not a text, or empty
     and not in a column that is optional.
     """
-    (path,) = find_files([source], folder)
+    path, *more = find_files([source], Path(folder))
+    if more:
+        raise ValueError(f"{source}: one file is needed, not {1 + len(more)}")
     with damaged(path):
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -371,7 +381,7 @@ def read_rows(source, folder, columns, optional=()):
             rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         else:
             header = text.partition("\n")[0].rstrip("\r").split("\t")
-            names = None if columns[0] in header else ("label", "text")
+            names = None if set(columns) & set(header) else ("label", "text")
             lines = io.StringIO(text, newline="")
             rows = list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
         if not isinstance(rows, list) or not rows:
@@ -384,7 +394,9 @@ def read_rows(source, folder, columns, optional=()):
                 is_text = isinstance(value, (str, int)) and str(value).strip()
                 if not is_text and not (column in optional and value in (None, "")):
                     raise ValueError(f"row {i}: {column} is {value!r:.50}")
-        return [{c: "" if row.get(c) is None else str(row[c]) for c in columns} for row in rows]
+        rows = [{c: "" if row.get(c) is None else str(row[c]) for c in columns} for row in rows]
+        # JSON can hold half characters (lone surrogates), which no file can
+        return [{c: text.encode(errors="replace").decode() for c, text in r.items()} for r in rows]
 
 
 def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
@@ -573,9 +585,9 @@ def classify(config):
         counts = Counter(label for _, label in rows)
         classes = sorted(counts, key=lambda name: (len(name) if name.isdecimal() else 0, name))
         if config.balance:
-            n_each = min(counts.values())
-            by_class = [[row for row in rows if row[1] == name] for name in classes]
-            rows = [row for group in by_class for row in group[:n_each]]
+            rng = random.Random(config.seed)
+            groups = [[row for row in rows if row[1] == name] for name in classes]
+            rows = [row for group in groups for row in rng.sample(group, min(counts.values()))]
         parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
         if len(classes) < 2 or {label for _, label in parts[0]} != set(classes):
             raise ValueError(f"{config.data}: needs two classes or more, and several rows of each")
@@ -598,6 +610,7 @@ def classify(config):
         loaders = [by_length(dataset, 32, collate_texts) for dataset in datasets]
         is_main = process_rank()[0] == 0
         if is_main:
+            counts = Counter(label for _, label in rows)
             print(", ".join(f"{counts[name]} {name}" for name in classes), end="; ")
             print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
             if not checkpoint:
@@ -688,7 +701,7 @@ def instruct(config):
             print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
 
         def save(merged):
-            save_gpt2(merged, tokenizer, config.out)
+            save_gpt2(merged, tokenizer, config.out, chat_template=CHAT_TEMPLATE)
             if config.lora_rank:
                 save_lora(model, config.out / "adapter", config.init)
 
@@ -788,24 +801,22 @@ Answer with the number alone."""
 
 def judge(responses, url, model):
     """Score responses with a larger model on a server that has OpenAI's chat API."""
-    kinds = ["response", "base_response"]
+    kinds = ("response", "base_response")
     columns = ("instruction", "input", "output", *kinds)
-    rows = read_rows(responses, Path("."), columns, optional=("input", "base_response"))
+    rows = read_rows(responses, Path("."), columns, optional=("input", *kinds))
     for kind in kinds:
+        if not any(row[kind] for row in rows):
+            continue
         scores = []
         for i, row in enumerate(rows, 1):
-            if row[kind]:
-                prompt = JUDGE_PROMPT.format(**row | {"response": row[kind]})
-                scores.append(ask_for_score(url, model, prompt))
-                show_progress(f"{kind}: {i} of {len(rows)}")
+            prompt = JUDGE_PROMPT.format(**row | {"response": row[kind]})
+            scores.append(ask_for_score(url, model, prompt))
+            show_progress(f"{kind}: {i} of {len(rows)}")
         valid = [score for score in scores if score is not None]
-        if valid:
-            mean = sum(valid) / len(valid)
-            print_line(
-                f"{kind}: mean score {mean:.1f} of {len(valid)} (of {len(scores)} asked for)"
-            )
-        elif scores:
+        if not valid:
             raise ValueError(f"{url}: none of {len(scores)} answers is a number from 0 to 100")
+        mean = sum(valid) / len(valid)
+        print_line(f"{kind}: mean score {mean:.1f} of {len(valid)} (of {len(scores)} asked for)")
 
 
 def ask_for_score(url, model, prompt):
@@ -852,8 +863,13 @@ def main():
     add("--url", default="http://localhost:11434/v1", help="of the server; this is Ollama's")
     add("--model", default="llama3", help="name of the judge on the server")
 
-    args = vars(parser.parse_args())
+    args, rest = parser.parse_known_args()
+    args = vars(args)
     command = args.pop("command")
+    if command == "predict":
+        args["texts"] += rest  # argparse does not expect texts after an option
+    elif rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     if command in configs:
         functions[command](configs[command](**args))
     else:

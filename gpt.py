@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,7 +396,8 @@ class GPT(nn.Module):
         The final hidden states. (B, T) -> (B, T, C)
 
         With a KVCache, `ids` continue the texts in the cache: they take the next positions and
-        attend to the earlier tokens too. Raises ValueError for more than context_length tokens.
+        attend to the earlier tokens too. Raises ValueError for more than context_length ids; with
+        a cache, the caller keeps the whole text within it.
         """
         n_tokens = ids.size(1)
         if n_tokens > self.config.context_length:
@@ -652,4 +654,5 @@ def show_predictions(model, tokenizer, ids):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
     tour()

@@ -3,7 +3,7 @@ GPT-2's weights in and out: the safetensors format by hand, Hugging Face folders
 the Hugging Face hub, and text completion on the command line.
 
     python load_gpt2.py gpt2 --prompt "Every effort moves you"
-    python load_gpt2.py out/stories --prompt "One day" --samples 3
+    python load_gpt2.py out/stories --prompt "One day"
     python load_gpt2.py gpt2-medium --evaluate book.txt
 """
 
@@ -15,8 +15,8 @@ import math
 import mmap
 import os
 import re
+import shutil
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,10 +24,19 @@ from urllib.parse import quote, unquote
 
 import requests
 import torch
-import torch.nn.functional as F
 from filelock import FileLock  # installed with torch
 
-from gpt import CHARS, GPT, GPT2_CONFIGS, GPTConfig, Tokenizer, eval_mode, read_merges
+from gpt import (
+    CHARS,
+    END_OF_TEXT,
+    GPT,
+    GPT2_CONFIGS,
+    GPTConfig,
+    TokenDataset,
+    Tokenizer,
+    eval_mode,
+    read_merges,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Safetensors: the length of the header (8 bytes, little endian), the header as JSON
@@ -103,8 +112,9 @@ def damaged(path):
     except OSError:
         raise
     except Exception as error:  # damaged bytes make parsers fail in any way
-        reason = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        raise ValueError(f"{path}: damaged or not supported: {reason:.400}") from error
+        is_clear = isinstance(error, (ValueError, RuntimeError))
+        reason = str(error) if is_clear else f"damaged ({error!r})"
+        raise ValueError(f"{path}: {reason:.400}") from error
 
 
 @contextlib.contextmanager
@@ -154,7 +164,9 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
         folder = fetch_from_hub(str(name_or_folder), revision)
     config = read_config(folder / "config.json")
     weights = {name.removeprefix("transformer."): w for name, w in read_weights(folder).items()}
-    with torch.device("meta"):  # allocates nothing and initializes nothing
+    with damaged(folder), torch.device("meta"):  # allocates nothing and initializes nothing
+        if config.n_layer > len(weights):
+            raise ValueError(f"config.json has {config.n_layer} layers, the weights have fewer")
         model = GPT(config)
     assign_weights(model, weights, folder)
     return model.eval().to(device, dtype), read_tokenizer(folder, config.vocab_size)
@@ -178,9 +190,9 @@ def assign_weights(model, weights, folder):
 
 def read_weights(folder):
     """model.safetensors, or the shards listed in model.safetensors.index.json -> {name: tensor}"""
-    path = folder / "model.safetensors"
-    if path.exists():
-        return read_safetensors(path)
+    folder = Path(folder)
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         raise ValueError(f"{folder}: no model.safetensors (pickled *.bin files are not supported)")
@@ -206,7 +218,7 @@ def read_weight_map(path):
 
 def read_json(path):
     with damaged(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
@@ -227,25 +239,26 @@ def read_config(path):
 
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
-    path = folder / "tokenizer.json"
-    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
-        path = folder / "merges.txt"
-        merges = read_merges(path.read_text(encoding="utf-8"))
-        vocab = read_json(folder / "vocab.json")
-    elif path.exists():
-        with damaged(path):
-            content = read_json(path)
+    folder = Path(folder)
+    has_merges = (folder / "merges.txt").exists() or (folder / "vocab.json").exists()
+    path = folder / ("merges.txt" if has_merges else "tokenizer.json")
+    if not has_merges and not path.exists():
+        if vocab_size != GPTConfig.vocab_size:
+            raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
+        return Tokenizer.gpt2()
+    vocab = read_json(folder / "vocab.json") if has_merges else {}
+    with damaged(path):
+        if has_merges:
+            merges = read_merges(path.read_text(encoding="utf-8"))
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
             bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
-            kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer["add_prefix_space"])
-            if kind != ("BPE", "ByteLevel", False) or content["normalizer"] is not None:
+            kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
+            normal = not pre_tokenizer["add_prefix_space"] and content["normalizer"] is None
+            if kind != ("BPE", "ByteLevel", True) or not normal:
                 raise ValueError("not GPT-2's kind of tokenizer")
             merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
             vocab = bpe["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
-    elif vocab_size == GPTConfig.vocab_size:
-        return Tokenizer.gpt2()
-    else:
-        raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
-    with damaged(path):
         ids = vocab.values()
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(set(ids)) < len(ids):
             raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
@@ -256,26 +269,40 @@ def read_tokenizer(folder, vocab_size):
         return Tokenizer(merges, vocab)
 
 
-def save_gpt2(model, tokenizer, folder, dtype=torch.float32):
+def save_gpt2(model, tokenizer, folder, *, dtype=torch.float32, chat_template=None):
     """
     Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`
     open. dtype: of the weights in the file, float32, bfloat16 or float16.
     """
     weights = {f"transformer.{name}": w.to(dtype) for name, w in model.state_dict().items()}
-    save_folder(folder, weights, tokenizer, hf_config(model.config, tokenizer, dtype))
+    config = hf_config(model.config, tokenizer, dtype)
+    save_folder(folder, weights, tokenizer, config, chat_template)
 
 
-def save_folder(folder, weights, tokenizer, config):
+def save_folder(folder, weights, tokenizer, config, chat_template=None):
     """weights: {name in transformers: tensor in nn.Linear's layout}; config: for config.json"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-        write_safetensors(f"{part}/model.safetensors", weights)
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": config["n_positions"],
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+    }
+    if chat_template:
+        tokenizer_config["chat_template"] = chat_template
+    part = folder / ".part"
+    part.mkdir(exist_ok=True)  # it exists if a save was killed
+    try:
+        write_safetensors(part / "model.safetensors", weights)
         tokenizer.save(part)
-        write_json(f"{part}/config.json", config)
-        for path in Path(part).iterdir():
+        write_json(part / "tokenizer_config.json", tokenizer_config)
+        write_json(part / "config.json", config)
+        for path in part.iterdir():
             os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(part)
 
 
 def write_json(path, content):
@@ -289,6 +316,7 @@ def hf_config(config, tokenizer, dtype=torch.float32):
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{key: getattr(config, name) for key, name in SIZES.items()},
+        "n_ctx": config.context_length,  # for llama.cpp's converter
         **FIXED_SETTINGS,
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot),
@@ -302,6 +330,7 @@ def hf_config(config, tokenizer, dtype=torch.float32):
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS}
 HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of shards
 
 
 def hub_home():
@@ -314,15 +343,15 @@ def cached_repository(hub_name):
     return cache / f"models--{hub_name.replace('/', '--')}"
 
 
-def cached_snapshot(name, revision):
-    """The folder in the cache with the weights of a model on the hub, or None"""
+def find_cached(name, revision):
+    """-> the repository in the cache that has weights of a model, their commit; or None, None"""
     for hub_name in (HUB_NAMES.get(name, name), name):  # other tools file "gpt2" as "gpt2"
         repository = cached_repository(hub_name)
         ref = repository / "refs" / revision
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        if any((repository / "snapshots" / commit).glob("model.safetensors*")):
-            return repository / "snapshots" / commit
-    return None
+        if any((repository / "snapshots" / commit / name).exists() for name in WEIGHTS):
+            return repository, commit
+    return None, None
 
 
 def fetch_from_hub(name, revision):
@@ -333,45 +362,58 @@ def fetch_from_hub(name, revision):
     hub_name = HUB_NAMES.get(name, name)
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{hub_name}/resolve"
-    token_file = hub_home() / "token"
+    token_file = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser()
     token = os.environ.get("HF_TOKEN") or (token_file.read_text() if token_file.exists() else "")
-    snapshot = cached_snapshot(name, revision)
-
-    def fetch(file_name):
-        """-> whether the repository has this file"""
-        try:
-            download(f"{url}/{snapshot.name}/{file_name}", snapshot / file_name, token.strip())
-        except requests.HTTPError as error:
-            if error.response.status_code == 404:
-                return False
-            raise
-        return True
-
+    token = token.strip()
+    repository, commit = find_cached(name, revision)
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        if repository is None:
+            raise ValueError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
+        return repository / "snapshots" / commit
     try:
-        if snapshot is None:
-            with request(f"{url}/{revision}/config.json", token.strip()) as response:
-                commit = response.headers.get("X-Repo-Commit") or revision
+        if repository is None:
+            config_url = f"{url}/{quote(revision, safe='')}/config.json"
+            response = with_retries(lambda: request(config_url, token))
+            response.close()
+            commit = response.headers.get("X-Repo-Commit", "")
+            if not re.fullmatch(
+                "[0-9a-f]{40}", commit
+            ):  # a mirror; its word is not taken as a path
+                commit = revision
             repository = cached_repository(hub_name)
-            snapshot = repository / "snapshots" / commit
-            (repository / "refs").mkdir(parents=True, exist_ok=True)
-            with complete_file(repository / "refs" / revision) as part:
+            ref = repository / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            with complete_file(ref) as part:
                 part.write_text(commit, encoding="utf-8")
+        snapshot = repository / "snapshots" / commit
+
+        def fetch(file_name):
+            """-> whether the repository has this file"""
+            try:
+                file_url = f"{url}/{quote(commit, safe='')}/{file_name}"
+                download(file_url, snapshot / file_name, token)
+            except requests.HTTPError as error:
+                if error.response.status_code == 404:
+                    return False
+                raise
+            return True
+
         fetch("config.json")
         read_config(snapshot / "config.json")  # refuse other models before gigabytes are downloaded
-        index = snapshot / "model.safetensors.index.json"
-        if (index.exists() or not fetch("model.safetensors")) and fetch(index.name):
-            for shard in sorted(set(read_weight_map(index).values())):
+        weights, index = WEIGHTS
+        if ((snapshot / index).exists() or not fetch(weights)) and fetch(index):
+            for shard in sorted(set(read_weight_map(snapshot / index).values())):
                 fetch(shard)
         if (snapshot / "tokenizer.json").exists() or not fetch("merges.txt"):
             fetch("tokenizer.json")
         else:
             fetch("vocab.json")
+        return snapshot
     except requests.RequestException as error:
         raise ValueError(
             f"{name} is not a folder, and the hub did not provide it: {error}. Give a folder, set "
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
-    return snapshot
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,6 +421,10 @@ def fetch_from_hub(name, revision):
 
 TIMEOUT = 20  # seconds without an answer, or without a byte
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt
+RETRIED = (
+    *(requests.ConnectionError, requests.Timeout, requests.HTTPError),
+    requests.exceptions.ChunkedEncodingError,
+)
 LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of five minutes
 
 
@@ -393,47 +439,44 @@ def download(url, path, token=""):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
-    with lock:
-        waits = list(WAITS)
-        while not path.exists():  # another process may have downloaded it in the meantime
-            size = part_size(path)
-            try:
-                fetch_rest(url, path, token)
-            except requests.RequestException as error:
-                waits = list(WAITS) if part_size(path) > size else waits
-                wait = waits.pop(0) if waits else math.inf
-                if error.response is not None:
-                    status = error.response.status_code
-                    if status == 416:  # the part is longer than the file
-                        part_of(path).unlink()
-                    elif status != 429 and status < 500:
-                        raise
-                    retry_after = error.response.headers.get("Retry-After", "")
-                    wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)
-                if wait > LONGEST_WAIT:
+    try:
+        with lock:
+            if not path.exists():  # no other process has downloaded it in the meantime
+                with_retries(lambda: fetch_rest(url, path, token), lambda: part_size(path))
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
+            os.unlink(lock.lock_file)
+
+
+def with_retries(attempt, measure=int):
+    """
+    Call attempt() again while the network fails or the server is busy (429, 5xx), with longer and
+    longer waits. They start anew whenever measure(), the size of what is there, has grown.
+    """
+    waits = list(WAITS)
+    while True:
+        size = measure()
+        try:
+            return attempt()
+        except RETRIED as error:
+            waits = list(WAITS) if measure() > size else waits
+            wait = waits.pop(0) if waits else math.inf
+            if error.response is not None:
+                if error.response.status_code < 500 and error.response.status_code not in (
+                    416,
+                    429,
+                ):
                     raise
-                print_line(f"{error}; trying again in {wait} s", sys.stderr)
-                time.sleep(wait)
-    with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
-        os.unlink(lock.lock_file)
-
-
-def part_of(path):
-    """
-    The file in which a download collects, or None. Its name holds the ETag, the server's name for
-    this version of the file.
-    """
-    return next(path.parent.glob(f"{path.name}.*.part"), None)
-
-
-def part_size(path):
-    return part_of(path).stat().st_size if part_of(path) else 0
+                retry_after = error.response.headers.get("Retry-After", "")
+                wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)
+            if wait > LONGEST_WAIT:
+                raise
+            print_line(f"{error}; trying again in {wait} s", sys.stderr)
+            time.sleep(wait)
 
 
 def request(url, token="", **headers):
     """GET; the body is not read yet. Raises requests.HTTPError with the reason the hub gives."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        raise ValueError(f"{url} is needed, but HF_HUB_OFFLINE is set")
     if token:
         headers["Authorization"] = f"Bearer {token}"  # requests removes it for another host
     headers["Accept-Encoding"] = "identity"  # or Content-Length would be that of compressed data
@@ -443,27 +486,48 @@ def request(url, token="", **headers):
     return response
 
 
+def part_of(path):
+    """The file in which a download collects, NAME.ETAG.part, or None. See `fetch_rest`."""
+    pattern = re.compile(rf"{re.escape(path.name)}\.[^.]+\.part")
+    return next((p for p in path.parent.iterdir() if pattern.fullmatch(p.name)), None)
+
+
+def part_size(path):
+    part = part_of(path)
+    return part.stat().st_size if part else 0
+
+
 def fetch_rest(url, path, token):
-    """Append what the part lacks, and rename it when it is complete."""
+    """
+    One attempt: append what the part lacks, and rename it when it is complete. The ETag is the
+    server's name for a version of the file. With If-Range, the server sends the rest of the same
+    version, or else a whole file (RFC 9110, section 13.1.5).
+    """
     part = part_of(path)
     headers = {}
     if part:
-        # With If-Range the server sends the rest of this version, or else a whole file (RFC 9110)
         etag = unquote(part.name[len(path.name) + 1 : -len(".part")])
         headers = {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
-    with request(url, token, **headers) as response:
+    try:
+        response = request(url, token, **headers)
+    except requests.HTTPError as error:
+        if part and error.response.status_code == 416:  # it is as long as the file, or longer
+            part.unlink()
+        raise
+    with response:
         if response.status_code != 206:
             if part:
                 part.unlink()
-            part = path.with_name(f"{path.name}.{quote(response.headers.get('ETag', ''), '')}.part")
-        length = response.headers.get("Content-Length", "")
-        with open(part, "ab") as file:
+            etag = quote(response.headers.get("ETag", ""), safe="").replace(".", "%2E")
+            part = path.with_name(f"{path.name}.{etag}.part")
+        with open(part, "ab" if response.status_code == 206 else "wb") as file:
             start = file.tell()
+            length = response.headers.get("Content-Length", "")
             size = start + int(length) if length.isdecimal() else None
             start_time = time.monotonic()
-            for block in response.iter_content(2**20):
+            for block in response.iter_content(2**18):
                 file.write(block)
-                speed = (file.tell() - start) / (time.monotonic() - start_time)  # bytes/s
+                speed = (file.tell() - start) / (time.monotonic() - start_time + 1e-9)  # bytes/s
                 left = timedelta(seconds=round((size - file.tell()) / speed)) if size else "?"
                 progress = f"{file.tell() / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, {left} left"
                 show_progress(f"{path.name}: {progress}")
@@ -472,9 +536,11 @@ def fetch_rest(url, path, token):
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
         sha256 = hub_sha256(response)
         if sha256:
-            with open(part, "rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                digest = hashlib.sha256(data).hexdigest()
+            with (
+                open(part, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m,
+            ):
+                digest = hashlib.sha256(m).hexdigest()
             if digest != sha256:
                 part.unlink()
                 raise ValueError(f"{url}: the SHA-256 is {digest}, not {sha256}")
@@ -584,46 +650,31 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, **sampling):
 
 
 @torch.no_grad()
-def evaluate_text(model, ids, stride):
-    """
-    Mean cross-entropy in nats over all tokens of a text but the first. Windows of context_length
-    tokens start `stride` apart; each token counts once, in the first window that contains it, so
-    that it has at least context_length - stride tokens before it (except in the first window).
-    """
+def evaluate_text(model, ids):
+    """Mean cross-entropy in nats over all tokens but the first, in windows of the context length"""
     device = model.wte.weight.device
-    context_length = model.config.context_length
-    if len(ids) < 2 or not 0 < stride <= context_length:
-        raise ValueError(f"needs a text of 2 tokens and a stride from 1 to {context_length}")
-    ids = torch.tensor(ids)
+    dataset = TokenDataset(ids, min(model.config.context_length, len(ids) - 1))
     total = 0.0
-    n_done = 0
     with eval_mode(model):
-        for start in range(0, len(ids) - 1, stride):
-            window = ids[start : start + context_length + 1].to(device)
-            n_new = start + len(window) - 1 - n_done
-            if n_new == 0:
-                break
-            logits = model(window[None, :-1])[0, -n_new:]  # (n_new, V)
-            total += F.cross_entropy(logits.float(), window[-n_new:], reduction="sum").item()
-            n_done += n_new
-            show_progress(f"{n_done:,} of {len(ids) - 1:,} tokens, loss {total / n_done:.4f}")
-    return total / n_done
+        for i in range(len(dataset)):
+            inputs, targets = (row[None].to(device) for row in dataset[i])
+            total += model(inputs, targets).item() * (targets != -100).sum().item()
+            show_progress(f"window {i + 1} of {len(dataset)}")
+    return total / (len(ids) - 1)
 
 
 def parse_arguments():
     parser = CommandLine(description="Complete a text, or measure how well a model predicts one.")
     add = parser.add_argument
     names = ", ".join(HUB_NAMES)
-    add("model", help=f"a folder, such as out/stories, or {names}, or OWNER/NAME")
+    add("model", help=f"a folder, such as out/stories, or {names}, or OWNER/NAME on the hub")
     add("--prompt", default="\n", help="the text to complete; - reads standard input")
     add("--max-new-tokens", type=int, default=200, help="tokens to generate")
     add("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
     add("--top-p", type=float, default=1.0, help="nucleus sampling: from the tokens that reach p")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--samples", type=int, default=1, help="how many completions")
     add("--evaluate", metavar="FILE", help="instead: loss per token and perplexity of this text")
-    add("--stride", type=int, help="tokens between windows of --evaluate (default: all of one)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     dtype_help = "of the weights; auto: float32 for --evaluate, else what is fast on the device"
     add("--dtype", choices=dtypes, default="auto", help=dtype_help)
@@ -633,43 +684,36 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    if args.dtype == "auto":
-        dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
-    else:
+    dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
+    if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
     model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
     if args.evaluate:
         with damaged(args.evaluate):
             ids = tokenizer.encode(Path(args.evaluate).read_text(encoding="utf-8"))
-        stride = model.config.context_length if args.stride is None else args.stride
-        loss = evaluate_text(model, ids, stride)
+            loss = evaluate_text(model, ids)
+        n, context_length = len(ids) - 1, model.config.context_length
         print_line(
-            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over "
-            f"{len(ids) - 1:,} tokens (context {model.config.context_length}, stride {stride})"
+            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {n:,} tokens "
+            f"in windows of {context_length}"
         )
         return
-
     prompt = args.prompt
     if prompt == "-":
         with damaged("standard input"):
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
+    print(prompt, end="", flush=True)
     start_time = time.perf_counter()
-    n_tokens = 0
-    for i in range(args.samples):
-        if args.samples > 1:
-            print(f"--- {i + 1} of {args.samples}")
-        print(prompt, end="", flush=True)
-        for piece in stream_text(
-            model, tokenizer, prompt, args.max_new_tokens, temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, generator=generator,
-        ):  # fmt: skip
-            n_tokens += 1
-            print(piece, end="", flush=True)
-        print()
-        n_tokens -= 1  # the last piece is the end
-    seconds = time.perf_counter() - start_time
-    print(f"\n{n_tokens} tokens, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    n_pieces = 0
+    for piece in stream_text(model, tokenizer, prompt, args.max_new_tokens, **sampling):
+        n_pieces += 1
+        print(piece, end="", flush=True)
+    n_tokens = n_pieces - 1  # the last piece is the end
+    speed = n_tokens / (time.perf_counter() - start_time)
+    print()
+    print(f"\n{n_tokens} tokens, {speed:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

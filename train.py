@@ -11,11 +11,11 @@ The same command, given again, goes on where a run was stopped.
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import functools
 import glob
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -38,7 +38,7 @@ from torch.utils.data import ConcatDataset, default_collate
 
 import load_gpt2
 from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, create_dataloader, eval_mode
-from load_gpt2 import complete_file, damaged, print_line, show_progress
+from load_gpt2 import complete_file, damaged, fast_dtype, print_line, show_progress
 
 # --------------------------------------------------------------------------------------------------
 # Settings: the fields of a dataclass are also the options of the command line
@@ -77,6 +77,8 @@ class TrainConfig:
         sizes = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every)
         if min(n for n in sizes if n is not None) < 1 or not self.grad_clip > 0:
             raise ValueError("steps, batch sizes, eval-every and grad-clip must be positive")
+        if self.seed < 0:
+            raise ValueError("the seed must not be negative")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer {self.optimizer} is not adamw or muon")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -120,9 +122,10 @@ def train(
     """
     out = Path(out)
     rank, world_size = process_rank()
+    if config.batch_size < world_size:
+        raise ValueError(f"a batch of {config.batch_size} rows for {world_size} processes")
     device = next(model.parameters()).device
-    dtype = config.dtype
-    dtype = load_gpt2.fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model, config)
     step = 0
@@ -130,10 +133,15 @@ def train(
     history = [{"step": 0}]  # the rows of losses.csv
     if checkpoint:
         with damaged(out / "resume.pt"):
+            step, best_loss, history = (checkpoint[n] for n in ("step", "best_loss", "history"))
             model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        step, best_loss, history = (checkpoint[name] for name in ("step", "best_loss", "history"))
+        if rank == 0:
+            print(
+                f"{out}: {'finished at' if step >= config.steps else 'going on from'} step {step}"
+            )
+    model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
 
@@ -149,7 +157,7 @@ def train(
     last_validation = step if step > 0 else None  # its results are in the checkpoint
     progress = f"step {step:5d}/{config.steps}"
     first_step = step
-    n_tokens = seconds = 0
+    n_tokens = seconds = n_signals = 0
     with catch_signals() as signals:
         while True:
             is_due = step % config.eval_every == 0 or step == config.steps
@@ -165,14 +173,18 @@ def train(
                     history[-1] |= report()
                 best_loss = min(best_loss, val_loss)
                 save_state()
+            elif n_signals:
+                save_state()
             if step >= config.steps:
                 break
+            if n_signals:
+                return signals[0] if signals else signal.SIGTERM
 
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
             torch.manual_seed(
                 hash((config.seed, step, rank))
-            )  # of dropout; the same after a resume
+            )  # so that a resumed run drops the same
             batch = get_batch(step)
             loss, norm = update(parallel_model, optimizers, learning_rate, batch, config, autocast)
             # Each process may have received a signal; all must stop after the same step
@@ -194,9 +206,6 @@ def train(
             progress = f"step {step:5d}/{config.steps} | loss {loss:.4f} | {speed} | {left} left"
             if rank == 0:
                 show_progress(progress)
-            if n_signals and step < config.steps:
-                save_state()
-                return signals[0] if signals else signal.SIGTERM
     if rank == 0:
         plot_history(history, out / "losses.png")
     return None
@@ -224,9 +233,8 @@ def update(model, optimizers, learning_rate, batch, config, autocast):
         with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
             with autocast:
                 micro_loss = model(*(x.to(device, non_blocking=True) for x in micro_batch)) * share
-            (
-                micro_loss * world_size
-            ).backward()  # DistributedDataParallel takes the mean, not the sum
+            # DistributedDataParallel averages gradients over the processes; here they add up
+            (micro_loss * world_size).backward()
         loss += micro_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     for optimizer in optimizers:
@@ -265,28 +273,59 @@ def scheduled_learning_rate(step, config):
 
 def create_optimizers(model, config):
     """
-    AdamW, with weight decay for matrices only, not for biases and LayerNorm. With optimizer="muon",
-    Muon (Jordan 2024) has the matrices in the blocks: its updates are nearly orthogonal, and scaled
-    to the size of AdamW's (Liu et al. 2025, section 2.2).
+    AdamW, with weight decay for matrices only, not for biases and LayerNorm; with optimizer="muon",
+    Muon for the matrices in the blocks.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon_names = []
     if config.optimizer == "muon":
         muon_names = [name for name, p in trained.items() if ".h." in f".{name}" and p.dim() == 2]
         if not muon_names:
-            raise ValueError(
-                "optimizer=muon, but no matrix in a block (a module named h) is trained"
-            )
+            raise ValueError("optimizer=muon, but no matrix in a module named h is trained")
     muon_matrices = [trained.pop(name) for name in muon_names]
     matrices = [p for p in trained.values() if p.dim() >= 2]
     others = [p for p in trained.values() if p.dim() < 2]
-    decay = {"weight_decay": config.weight_decay}
-    groups = [{"params": matrices, **decay}, {"params": others, "weight_decay": 0.0}]
-    lr = config.learning_rate
+    lr, decay = config.learning_rate, config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
     if muon_matrices:
-        optimizers.append(torch.optim.Muon(muon_matrices, adjust_lr_fn="match_rms_adamw", **decay))
+        optimizers.append(Muon(muon_matrices, lr, decay))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Nesterov momentum, made nearly orthogonal (Jordan 2024), so that an update changes a matrix
+    equally in all directions. It is scaled to the size of AdamW's updates (Liu et al. 2025, section
+    2.2), so that both share a learning rate. torch.optim.Muon does the same, but in bfloat16 only,
+    which takes several times as long as the rest of a step on a CPU without hardware for it.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                state["mean"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(state["mean"], group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonalize(matrix):
+    """Five Newton-Schulz steps: the singular vectors stay, the singular values come near 1."""
+    x = (matrix / matrix.norm().clamp(min=1e-7)).to(fast_dtype(matrix.device))
+    if len(matrix) > matrix.size(1):
+        x = x.T
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if len(matrix) > matrix.size(1) else x).to(matrix.dtype)
 
 
 def shuffled_rows(step, n_rows, batch_size, order):
@@ -294,6 +333,8 @@ def shuffled_rows(step, n_rows, batch_size, order):
     The rows of a step. Epochs follow each other with no gap, so that every batch is full.
     order: a function, number of the epoch -> all rows in their order.
     """
+    if batch_size > n_rows:
+        raise ValueError(f"a batch of {batch_size} rows is more than the {n_rows} for training")
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(order(place // n_rows)[place % n_rows]) for place in places]
 
@@ -372,12 +413,11 @@ def run_folder(out):
             try:
                 yield
             finally:
+                with contextlib.suppress(OSError):  # it is not empty
+                    out.rmdir()
                 Path(lock.lock_file).unlink(missing_ok=True)
     except filelock.Timeout:
         raise ValueError(f"{out}: another run writes to this folder") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            out.rmdir()
 
 
 def read_checkpoint(out, config, content):
@@ -405,27 +445,22 @@ def read_checkpoint(out, config, content):
         what = f"--{name.replace('_', '-')} was {before.get(name)} and is {settings[name]}"
         what = "the data or the vocabulary has changed" if name == "content" else what
         raise ValueError(f"{out} holds a run, but {what}; --overwrite replaces the run")
-    if process_rank()[0] == 0:
-        state = "finished at" if checkpoint["step"] >= config.steps else "going on from"
-        print(f"{out}: {state} step {checkpoint['step']}")
     return settings, checkpoint
 
 
 def write_state(out, state):
-    """resume.pt, and its history as losses.csv"""
+    """losses.csv, and then resume.pt, from which losses.csv can be written again"""
+    history = state["history"]
+    columns = dict.fromkeys(name for row in history for name in row)
+    lines = [",".join(columns)]
+    lines += [",".join(str(row.get(column, "")) for column in columns) for row in history]
+    with complete_file(out / "losses.csv") as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with complete_file(out / "resume.pt") as part:
         try:
             torch.save(state, part)
         except RuntimeError as error:  # of a full disk
             raise OSError(f"{part}: {error}") from None
-    columns = dict.fromkeys(name for row in state["history"] for name in row)
-    with (
-        complete_file(out / "losses.csv") as part,
-        open(part, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(state["history"])
 
 
 def plot_history(history, path):
@@ -482,10 +517,11 @@ def read_documents(paths):
     for path in paths:
         with damaged(path):
             text = path.read_text(encoding="utf-8-sig")
-            if not text.strip():
-                raise ValueError("no text")
         documents += re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-    return [document for document in documents if document.strip()]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"{paths[0]}: no text")
+    return documents
 
 
 def encode_documents(documents, tokenizer):
@@ -524,17 +560,22 @@ def read_tokens(path, vocab_size):
     return tokens
 
 
-def split_tokens(shards):
+def split_tokens(shards, context_length):
     """
-    {name: tokens} -> training and validation, lists of tokens. For validation: the shards with val
-    in their names, or else the last tenth of the last one, but at most a million tokens.
+    (name, tokens) pairs -> training and validation, lists of tokens. For validation: shards with
+    val in their names, or else the last tenth of the longest, at most a million tokens. Shards that
+    are shorter than a window are left out.
     """
-    training = [tokens for name, tokens in shards.items() if "val" not in name]
-    validation = [tokens for name, tokens in shards.items() if "val" in name]
+    shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
+    training = sorted((tokens for name, tokens in shards if "val" not in name), key=len)
+    validation = [tokens for name, tokens in shards if "val" in name]
     if not training:
-        raise ValueError("all token files have val in their names: none is left for training")
+        raise ValueError(
+            f"no text or token file for training (without val in its name) is as long as a window "
+            f"of {context_length} tokens"
+        )
     if not validation:
-        n_val = min(len(training[-1]) // 10, 2**20)
+        n_val = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
         validation = [training[-1][-n_val:]]
         training[-1] = training[-1][:-n_val]
     return training, validation
@@ -581,6 +622,15 @@ class PretrainConfig(RunConfig):
         may_change=True,
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_windows < 1:
+            raise ValueError("eval-windows must be positive")
+        if self.bin and (self.text or self.vocab_size is not None):
+            raise ValueError("--bin excludes --text and --vocab-size; see --tokenizer")
+        if self.init and (self.tokenizer or self.vocab_size is not None):
+            raise ValueError("--init brings its own vocabulary")
+
 
 def create_model(config, documents):
     """-> a model with random weights or those of --init, its tokenizer"""
@@ -591,9 +641,9 @@ def create_model(config, documents):
         model.load_state_dict(base.state_dict())
         return model, tokenizer
     sizes = MODELS[config.model]
-    vocab_size = config.vocab_size or sizes.vocab_size
+    vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
     if config.tokenizer:
-        tokenizer = load_gpt2.read_tokenizer(Path(config.tokenizer), 2**16)
+        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, 2**16)
     elif config.bin or vocab_size == GPTConfig.vocab_size:
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
@@ -612,11 +662,22 @@ def pretrain(config, out, device):
     documents = [] if config.bin else read_documents(paths)
     model, tokenizer = create_model(config, documents)
     if config.bin:
-        shards = {path.name: read_tokens(path, tokenizer.vocab_size) for path in paths}
+        # nanoGPT writes it for vocabularies of single characters; as a pickle it is not opened
+        if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
+            raise ValueError("meta.pkl beside the token files: not GPT-2's ids; use --tokenizer")
+        shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
-        shards = {"text": encode_documents(documents, tokenizer)}
-    context_length = config.context_length or model.config.context_length
-    training, validation = split_tokens(shards)
+        shards = [("text", encode_documents(documents, tokenizer))]
+    context_length = config.context_length
+    if context_length is None:
+        context_length = model.config.context_length
+    prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]
+    if max(context_length, len(prompt)) > model.config.context_length:
+        raise ValueError(
+            f"the context of the model is {model.config.context_length} tokens: too few for "
+            f"--context-length {context_length} or for {len(prompt)} tokens of --prompt"
+        )
+    training, validation = split_tokens(shards, context_length)
     train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
     val_data = ConcatDataset(
@@ -624,7 +685,7 @@ def pretrain(config, out, device):
     )
 
     # The beginning of each token file stands for all of it
-    content = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards.items()]
+    content = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
     settings, checkpoint = read_checkpoint(out, config, (content, tokenizer.vocab))
     if config.micro_batch_size is None and device.type == "cpu":
         # On a CPU, more tokens at once take more memory, but no less time
@@ -640,17 +701,17 @@ def pretrain(config, out, device):
         return default_collate([train_data[row] for row in rows])
 
     def show_sample():
-        ids = [tokenizer.eot, *tokenizer.encode(config.prompt)]
         options = {"temperature": 0.8, "top_k": 50, "eos_id": tokenizer.eot}
         generator = torch.Generator(device).manual_seed(config.seed)
-        text = config.prompt + tokenizer.decode(
-            model.stream(ids, 100, generator=generator, **options)
-        )
+        new_ids = model.stream(prompt, 100, generator=generator, **options)
+        text = config.prompt + tokenizer.decode(new_ids)
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
         return {}
 
     model.to(device)
-    if config.compile:
+    if config.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        print("torch.compile needs Triton, which is not installed: going on without it")
+    elif config.compile:
         model.compile()  # in place, so that parameters keep their names
     if process_rank()[0] == 0:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -668,7 +729,9 @@ def main():
     parser = load_gpt2.CommandLine(description="Train a GPT on a text.")
     add_options(parser, PretrainConfig)
     config = PretrainConfig(**vars(parser.parse_args()))
-    name = re.sub(r"\W+", "-", Path((config.bin or config.text or [STORIES])[0]).stem).strip("-")
+    source = Path((config.bin or config.text or [STORIES])[0])
+    name = source.resolve().parent.name if config.bin else source.stem
+    name = re.sub(r"\W+", "-", name).strip("-") or "run"
     out = config.out or Path("out") / name
     device = start_processes(config.device)
     with run_folder(out):

@@ -35,21 +35,31 @@ from load_gpt2 import (
 PIECE_BYTES = 2**25  # 32 MB of text make about 8M tokens; the memory for one piece is 0.3 GB
 
 
+# A place between a character that is no white space (Unicode has 25 of them) and a space or line
+# break. GPT-2 never merges across it, so cutting there leaves the tokens as they are. But not after
+# ">", which may end a line <|endoftext|>.
+CUT = re.compile(
+    rb"(?<![\s>])(?<!\xc2\x85)(?<!\xc2\xa0)(?<!\xe1\x9a\x80)(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
+    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?=[ \n])"
+)
+
+
 def find_cut(file, place):
-    """
-    The first byte at or after `place` that is a space or line break after a printable ASCII
-    character. GPT-2 never merges across it, so cutting there leaves the tokens as they are.
-    """
-    file.seek(max(0, place - 1))
-    position = max(0, place - 1)
-    rest = b""
-    while block := file.read(2**16):
-        match = re.search(rb"[!-~](?=[ \n])", rest + block)
+    """The first place at or after `place` where a text can be cut, in bytes"""
+    position = max(0, place - 3)  # CUT looks back at 3 bytes
+    file.seek(position)
+    data = file.read(2**16)
+    begin = place - position
+    while True:
+        match = CUT.search(data, begin)
         if match:
-            return position - len(rest) + match.end()
-        position += len(block)
-        rest = block[-1:]
-    return position
+            return position + match.start()
+        block = file.read(2**16)
+        if not block:
+            return position + len(data)
+        position += len(data) - 3
+        data = data[-3:] + block
+        begin = 3
 
 
 def plan_pieces(paths):
@@ -57,6 +67,8 @@ def plan_pieces(paths):
     pieces = []
     for path in paths:
         size = path.stat().st_size
+        if size == 0:
+            raise ValueError(f"{path}: no text")
         with open(path, "rb") as file:
             cuts = [find_cut(file, place) for place in range(PIECE_BYTES, size, PIECE_BYTES)]
         edges = sorted({0, *cuts, size})
@@ -72,6 +84,7 @@ def encode_piece(piece, tokenizer, bin_path):
         data = file.read(end - begin)
     with damaged(path):
         text = data.decode("utf-8").removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
     ids = [tokenizer.eot] * (begin == 0)  # so that every document stands between two of them
     for i, document in enumerate(documents):

@@ -1,13 +1,14 @@
 """
-How fast this machine could be, how fast this project is, and how fast others are at the same work.
+How fast this project is, how fast others are at the same work, and how fast this machine could be.
 
-    pip install transformers peft && python tests/bench.py                        every job
-    python tests/bench.py train generate --peer ../nanoGPT                        beside a checkout of nanoGPT or LLMs-from-scratch
-    python tests/bench.py finetune --model gpt2-medium                            memory of full and LoRA tuning
+    pip install transformers peft && python tests/bench.py                  every job
+    python tests/bench.py train generate --peer ../nanoGPT                  beside another code
+    python tests/bench.py finetune --model gpt2-medium                      full and LoRA tuning
     python tests/bench.py train generate --device cuda
 
-Every figure is measured in a process of its own, in turns with the others; a table gives the median of the rounds and, in
-brackets, the slowest and the fastest. The first row is what the others are compared with.
+--peer is a checkout of nanoGPT or LLMs-from-scratch. Every figure is measured in a process of its
+own, in turns with the others. A table gives the median of the rounds, and in brackets the slowest
+and the fastest. Ratios are to the first row.
 """
 
 import argparse
@@ -27,15 +28,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from finetune import add_lora
-from gpt import GPT, GPT2_CONFIGS, TokenDataset, Tokenizer, create_dataloader
-from load_gpt2 import fast_dtype, load_gpt2, save_gpt2
-from train import TrainConfig, tokenize, train
+from gpt import GPT, GPT2_CONFIGS, Tokenizer
+from load_gpt2 import fast_dtype, load_gpt2, save_gpt2, stream_text
+from train import TrainConfig, train
+
+ROOT = Path(__file__).parent.parent
 
 parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
 parser.add_argument(
@@ -79,7 +80,7 @@ def seconds(work, rounds=3):
     return min(times[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training: tokens/s
 
 
@@ -90,18 +91,16 @@ def step_rate(times, tokens):
 def train_ours(change=lambda model: model, dtype="auto", rows=ROWS, window=WINDOW):
     """train.py's own loop"""
     torch.manual_seed(0)
-    data = TokenDataset(torch.randint(0, 50257, (10 * rows * window,)), window)
-    loaders = (
-        create_dataloader(data, rows, shuffle=True),
-        create_dataloader(torch.utils.data.Subset(data, range(rows)), rows),
-    )
-    times, model = [], change(GPT(config)).to(device)
+    ids = torch.randint(0, 50257, (STEPS, rows, window + 1))
+    batches = [(x[:, :-1], x[:, 1:]) for x in ids]
+    model = change(GPT(config)).to(device)
     if device.type == "cuda":
         model.compile()
+    times = []
     model.register_forward_pre_hook(lambda *_: times.append(now()) if model.training else None)
+    train_config = TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS, dtype=dtype)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
-        train_config = TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS, dtype=dtype)
-        train(model, *loaders, train_config, Path(out), save=lambda: None)
+        train(model, batches.__getitem__, batches[:1], train_config, out, save=lambda: None)
     return step_rate(times, rows * window)
 
 
@@ -195,21 +194,31 @@ def product_rate(dtype):
 
 
 def train_limit(dtype, flop=6):
-    """6 FLOP for each weight and token, 2 forward and 4 backward; 2 fewer for frozen weights. The position table has none."""
+    """
+    6 FLOP for each weight and token, 2 forward and 4 backward; 2 fewer for frozen weights.
+    Position embeddings take none.
+    """
     return product_rate(dtype) / (flop * (N_WEIGHTS - config.context_length * config.n_embd))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation: new tokens/s, greedy
 
 
 def generate_ours(dtype, prompts=(PROMPT,)):
     torch.manual_seed(0)
     model = GPT(config).to(device, dtype)
-    return (
-        len(prompts)
-        * NEW_TOKENS
-        / seconds(lambda: model.generate(prompts, NEW_TOKENS, temperature=0))
+    n_tokens = len(prompts) * NEW_TOKENS
+    return n_tokens / seconds(lambda: model.generate(prompts, NEW_TOKENS, temperature=0))
+
+
+def stream_ours(dtype):
+    """As the command line writes"""
+    torch.manual_seed(0)
+    model, tokenizer = GPT(config).to(device, dtype), Tokenizer.gpt2()
+    prompt = tokenizer.decode(PROMPT)
+    return NEW_TOKENS / seconds(
+        lambda: list(stream_text(model, tokenizer, prompt, NEW_TOKENS, temperature=0))
     )
 
 
@@ -240,12 +249,12 @@ def generate_peer():
 
 
 def generate_limit(dtype):
-    """Reading every weight once for each token, at the rate at which this machine adds up more than any cache holds"""
+    """Reading every weight once for each token, as fast as this machine adds up a large array"""
     x = torch.ones(2**27, device=device)
     return x.nbytes / seconds(x.sum, rounds=5) / (dtype.itemsize * N_WEIGHTS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizing: bytes/s; loading: folders/s
 
 
@@ -255,11 +264,12 @@ def long_text(n_characters):
 
 
 def tokenize_ours():
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         path.write_text(long_text(50_000_000), encoding="utf-8")
+        command = [sys.executable, ROOT / "data" / "prepare.py", path, "--out", f"{folder}/out"]
         start = time.perf_counter()
-        tokenize([path], Tokenizer.gpt2(), Path(folder) / "text.bin")
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE)
         return path.stat().st_size / (time.perf_counter() - start)
 
 
@@ -287,7 +297,7 @@ def from_pretrained(folder):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SIZES = {"rows": 8, "window": 128}  # of a step of finetuning
 fast_name = str(fast).removeprefix("torch.")
@@ -306,7 +316,7 @@ JOBS = {
         "generate: transformers, bfloat16": lambda: generate_transformers(bf16),
         "generate: peer": generate_peer,
         "generate: this project, float32": lambda: generate_ours(fp32),
-        "generate: this project, bfloat16": lambda: generate_ours(bf16),
+        "generate: this project, bfloat16": lambda: stream_ours(bf16),
         "generate: this project, bfloat16, 32 ragged prompts": lambda: generate_ours(
             bf16, ragged_prompts(32)
         ),
@@ -388,7 +398,8 @@ def main():
             continue
         results = [[measure_apart(row) for row in rows] for _ in range(args.rounds)]
         print(
-            f"\n| {title} | median | (range) | ratio | peak memory |\n| --- | --- | --- | --- | --- |"
+            f"\n| {title} | median | (range) | ratio | peak memory |\n"
+            "| --- | --- | --- | --- | --- |"
         )
         for row, measured in zip(rows, zip(*results)):
             rates, memories = zip(*measured)
@@ -396,7 +407,8 @@ def main():
             name = row.split(": ")[1].replace("peer", args.peer.resolve().name if args.peer else "")
             spread = f"({min(rates):,.4g} to {max(rates):,.4g})"
             print(
-                f"| {name} | {median(rates):,.4g} | {spread} | {ratio:.2f} | {max(memories):.1f} GB |",
+                f"| {name} | {median(rates):,.4g} | {spread} | {ratio:.2f} | "
+                f"{max(memories):.1f} GB |",
                 flush=True,
             )
 

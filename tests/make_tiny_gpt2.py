@@ -1,5 +1,6 @@
 """
-How tests/tiny-gpt2 was made: a GPT-2 with random weights, its tokenizer, and what they compute, all by Hugging Face's libraries.
+How tests/tiny-gpt2 was made: a GPT-2 with random weights, its tokenizer, and what they compute, all
+by Hugging Face's libraries.
 
     pip install transformers tokenizers safetensors && python tests/make_tiny_gpt2.py
 """
@@ -36,7 +37,8 @@ config = GPT2Config(
 model = GPT2LMHeadModel(config).eval()
 with torch.no_grad():
     for name, parameter in model.named_parameters():
-        # Larger than at the start of a training, and no bias 0 or gain 1: so every part of the model shows in the logits
+        # Larger than at the start of a training, and no bias 0 or gain 1: so every part of the
+        # model shows in the logits
         parameter.normal_(std=0.25).add_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
 model.save_pretrained(folder)
 

@@ -2,43 +2,48 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
-import zipfile
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import run_main
 
 import finetune as finetune_py
-from conftest import run_main
 from finetune import (
     ClassificationDataset,
     GPTClassifier,
     InstructionDataset,
-    LikeLengths,
     LoRALinear,
     add_lora,
-    answer,
     collate_instructions,
     collate_texts,
     format_prompt,
     load_classifier,
     load_lora,
     merge_lora,
-    read_instructions,
-    read_texts,
+    order_by_length,
+    predict_all,
+    read_rows,
+    respond,
+    save_classifier,
     save_lora,
+    split_rows,
 )
 from gpt import GPT, GPT2_CONFIGS, GPTConfig, Tokenizer
 from load_gpt2 import load_gpt2, read_safetensors, save_gpt2
-from train import read_losses
+from train import shuffled_rows
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny-gpt2"
@@ -48,77 +53,69 @@ QUICK = ["--init", TINY, "--epochs", 1, "--batch-size", 8, "--warmup", 2, "--dty
 run = partial(run_main, finetune_py)
 
 
-def start(*args):
-    """The same as a process of its own, on one core, since there may be two of them"""
-    command, env = (
-        [*map(str, [sys.executable, ROOT / "finetune.py", *args])],
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("train.plot_history", lambda history, path: None)
+
+
+def read_losses(folder):
+    with open(folder / "losses.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def is_error(code, error):
+    return code == 1 and error.startswith("error: ") and error.count("\n") == 1
 
 
 def small_gpt(**sizes):
     torch.manual_seed(0)
-    return GPT(
-        GPTConfig(
-            **{"vocab_size": 300, "context_length": 64, "n_layer": 2, "n_head": 2, "n_embd": 16}
-            | sizes
-        )
-    ).eval()
+    small = {"vocab_size": 300, "context_length": 64, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return GPT(GPTConfig(**small | sizes)).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches of like lengths
 
 
-def test_batches_of_like_lengths():
-    lengths = [(7 * i) % 101 + 1 for i in range(203)]
-    sampler = LikeLengths(lengths, 8, seed=3, group_size=8)
-    orders = [sampler.order(epoch) for epoch in range(4)]
-    assert all(sorted(order) == list(range(203)) for order in orders)
-    assert all((sampler.order(epoch) == orders[epoch]).all() for epoch in (2, 0, 3))
-    batches = iter(sampler)
-    batches = [next(batches) for _ in range(4 * 203 // 8)]
-    assert [i for batch in batches for i in batch] == [
-        i for order in orders for i in order.tolist()
-    ][: 8 * len(batches)]
-    in_first_epoch = [frozenset(batch) for batch in batches[:25]]
-    assert not set(in_first_epoch) & {
-        frozenset(batch) for batch in batches[26:51]
-    }  # other company in the next epoch
-    padded = sum(8 * max(lengths[i] for i in batch) for batch in batches)
-    assert padded < 1.25 * sum(lengths[i] for batch in batches for i in batch)
-    firsts = [lengths[batch[0]] for batch in batches[:25]]
-    assert firsts != sorted(firsts)  # groups are shuffled
+def test_order_by_length():
+    lengths = np.array([(7 * i) % 101 + 1 for i in range(203)])
+    order = order_by_length(lengths, 8, seed=3)
+    orders = [order(epoch) for epoch in range(4)]
+    assert all(sorted(rows) == list(range(203)) for rows in orders)
+    again = order_by_length(lengths, 8, seed=3)
+    assert all((again(epoch) == orders[epoch]).all() for epoch in (2, 0, 3, 1))
+    assert (order_by_length(lengths, 8, seed=4)(0) != orders[0]).any()
+
+    batches = [shuffled_rows(step, 203, 8, order) for step in range(4 * 203 // 8)]
+    assert sum(batches, []) == np.concatenate(orders)[: 8 * len(batches)].tolist()
+    padded = sum(8 * lengths[batch].max() for batch in batches)
+    assert padded < 1.25 * sum(lengths[batch].sum() for batch in batches)
+    # Batches come in random order, and have other rows in the next epoch
+    first_lengths = [lengths[batch[0]] for batch in batches[:25]]
+    assert first_lengths != sorted(first_lengths)
+    order = order_by_length(lengths[:200], 8, seed=3)
+    first, second = (
+        {frozenset(shuffled_rows(step, 200, 8, order)) for step in range(start, start + 25)}
+        for start in (0, 25)
+    )
+    assert len(first & second) < 5
 
 
-def test_batches_are_the_same_however_they_are_cut():
-    lengths = [(7 * i) % 11 + 1 for i in range(50)]
-    whole = LikeLengths(lengths, 8, seed=3, group_size=8)
-    for size in (4, 2, 1):
-        cut = LikeLengths(lengths, size, seed=3, group_size=8)
-        assert all((cut.order(epoch) == whole.order(epoch)).all() for epoch in range(5))
-    assert sorted(LikeLengths([1, 2, 3], 8, seed=0, group_size=8).order(1)) == [0, 1, 2]
+def test_order_by_length_of_fewer_rows_than_a_batch():
+    order = order_by_length(np.array([3, 1, 2]), 8, seed=0)
+    assert all(sorted(order(epoch)) == [0, 1, 2] for epoch in range(5))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Classifier
 
 
-def test_the_same_text_at_ten_paddings_and_in_any_batch():
+def test_padding_does_not_change_the_logits():
     model = GPTClassifier(small_gpt(), 3).eval()
     ids = torch.randint(0, 300, (20,))
     alone = model(ids[None], torch.tensor([20]))
-    assert torch.allclose(
-        alone, model.score(model.transformer.features(ids[None])[:, -1]), atol=1e-6
-    )
+    last = model.transformer.features(ids[None])[:, -1]
+    assert torch.allclose(alone, model.score(last), atol=1e-6)
     for padding in range(0, 40, 4):
         for filler in (0, 299):
             padded = F.pad(ids, (0, padding), value=filler)
@@ -128,92 +125,118 @@ def test_the_same_text_at_ten_paddings_and_in_any_batch():
 
 def test_classification_rows_and_their_batch():
     tokenizer = Tokenizer([])
-    dataset = ClassificationDataset(
-        [("abc", "x"), ("defgh", "y"), ("ijklmn", "x")], tokenizer, ["x", "y"], 5
-    )
-    assert dataset.n_cut == 1 and [len(ids) for ids, _ in dataset] == [3, 5, 5]
-    ids, lengths, labels = collate_texts([dataset[i] for i in range(3)])
-    assert [tokenizer.decode(row[:n].tolist()) for row, n in zip(ids, lengths)] == [
-        "abc",
-        "defgh",
-        "ijklm",
-    ]
-    assert (
-        ids.shape == (3, 5)
-        and labels.tolist() == [0, 1, 0]
-        and labels.dtype == ids.dtype == torch.int64
-    )
+    rows = [("abc", "x"), ("defgh", "y"), ("ijklmn", "x")]
+    dataset = ClassificationDataset(rows, tokenizer, ["x", "y"], 5)
+    assert dataset.n_truncated == 1
+    assert [len(ids) for ids, _ in dataset] == [3, 5, 5]
+    ids, lengths, labels = collate_texts(dataset)
+    texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(ids, lengths)]
+    assert texts == ["abc", "defgh", "ijklm"]
+    assert ids.shape == (3, 5)
+    assert labels.tolist() == [0, 1, 0]
+    assert labels.dtype == ids.dtype == torch.int64
 
 
 def test_classifier_loss_is_the_mean_of_cross_entropies():
     model = GPTClassifier(small_gpt(), 3)
-    ids, lengths, labels = (
-        torch.randint(0, 300, (4, 9)),
-        torch.tensor([9, 1, 4, 6]),
-        torch.tensor([0, 2, 1, 2]),
-    )
+    ids = torch.randint(0, 300, (4, 9))
+    lengths = torch.tensor([9, 1, 4, 6])
+    labels = torch.tensor([0, 2, 1, 2])
     probs = model(ids, lengths).softmax(-1).tolist()
     expected = -sum(math.log(probs[i][label]) for i, label in enumerate(labels)) / 4
     assert model(ids, lengths, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_predict_all_switches_dropout_off_and_on_again():
+    model = GPTClassifier(small_gpt(dropout=0.5), 3).train()
+    batches = [(torch.randint(0, 300, (n, 9)), torch.full((n,), 9), torch.ones(n)) for n in (4, 3)]
+    logits, labels = predict_all(model, batches)
+    assert model.training and model.transformer.h[0].mlp.dropout.training
+    model.eval()
+    expected = torch.cat([model(ids, lengths) for ids, lengths, _ in batches])
+    assert torch.equal(logits, expected)
+    assert not logits.requires_grad
+    assert labels.shape == (7,)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_classifier_is_saved_and_loaded(tmp_path, kind):
+    classes = [f"class {i} é" for i in range(11)]  # "10" must not come before "2"
+    model = GPTClassifier(load_gpt2(TINY)[0], 11)
+    save_classifier(model, load_gpt2(TINY)[1], classes, kind(tmp_path / "model"))
+    again, tokenizer, names = load_classifier(kind(tmp_path / "model"))
+    assert names == classes
+    assert not again.training
+    assert tokenizer.encode("The old man") == load_gpt2(TINY)[1].encode("The old man")
+    assert set(again.state_dict()) == set(model.state_dict())
+    assert all(torch.equal(again.state_dict()[name], w) for name, w in model.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------
 # Instructions
 
 ALPACA = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nAdd.\n\n### Response:\n"
 )
 
 
 def test_prompt_is_alpacas():
     assert format_prompt({"instruction": "Add.", "input": "1 and 2"}) == ALPACA
-    short = ALPACA.replace(", paired with an input that provides further context", "").replace(
-        "### Input:\n1 and 2\n\n", ""
-    )
-    assert (
-        format_prompt({"instruction": "Add.", "input": ""})
-        == format_prompt({"instruction": "Add."})
-        == short
-    )
+    assert format_prompt({"instruction": "Add.", "input": ""}) == ALPACA_WITHOUT_INPUT
+    assert format_prompt({"instruction": "Add."}) == ALPACA_WITHOUT_INPUT
 
 
 def test_masks_written_out(monkeypatch):
     monkeypatch.setattr(finetune_py, "format_prompt", lambda entry: entry["instruction"])
     tokenizer = Tokenizer([])
-    (a, b, c, d, e, f), eot = tokenizer.encode("abcdef"), tokenizer.eot
+    a, b, c, d, e, f = tokenizer.encode("abcdef")
+    eot = tokenizer.eot
     entries = [{"instruction": "abc", "output": "de"}, {"instruction": "f", "output": "a"}]
     dataset = InstructionDataset(entries, tokenizer, 16)
     assert [len(ids) for ids, _ in dataset] == [5, 2]
-    ids, targets = collate_instructions([dataset[0], dataset[1]])
-    assert ids[0].tolist() == [a, b, c, d, e] and ids[1, :2].tolist() == [f, a]
+    ids, targets = collate_instructions(dataset)
+    assert ids[0].tolist() == [a, b, c, d, e]
+    assert ids[1, :2].tolist() == [f, a]
     assert targets.tolist() == [[-100, -100, d, e, eot], [a, eot, -100, -100, -100]]
-    with_prompt = InstructionDataset(entries, tokenizer, 16, train_on_prompt=True)
-    assert collate_instructions([with_prompt[0], with_prompt[1]])[1].tolist() == [
-        [b, c, d, e, eot],
-        [a, eot, -100, -100, -100],
-    ]
+    _, targets = collate_instructions(InstructionDataset(entries, tokenizer, 16, True))
+    assert targets.tolist() == [[b, c, d, e, eot], [a, eot, -100, -100, -100]]
+
+    # A row that is too long loses its end; one without room for a response is left out
     cut = InstructionDataset(entries, tokenizer, 3)
-    assert cut[0][0].tolist() == [a, b, c] and cut[0][1].tolist() == [-100, -100, d]
-    assert (cut.n_cut, cut.n_left_out, len(cut)) == (1, 0, 2)
-    assert (
-        InstructionDataset(entries, tokenizer, 2).n_left_out
-    ) == 1  # no room for a response: it would have no target
+    assert cut[0][0].tolist() == [a, b, c]
+    assert cut[0][1].tolist() == [-100, -100, d]
+    assert (cut.n_truncated, len(cut)) == (1, 2)
+    left = InstructionDataset(entries, tokenizer, 2)
+    assert left.entries == entries[1:]
+    assert (left.n_truncated, len(left)) == (0, 1)
 
 
-def test_answers_in_batches_are_those_one_by_one():
+def test_responses_in_batches_are_those_one_by_one():
     model, tokenizer = small_gpt(vocab_size=257, context_length=220), Tokenizer([])
-    model.wte.weight.data *= 20
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.wpe.weight.data *= 5  # so that each position has a token of its own
     entries = [{"instruction": "x" * n, "input": ""} for n in (30, 1, 17, 60, 30, 2)]
-    alone = [answer(model, tokenizer, [entry], 40)[0] for entry in entries]
-    assert answer(model, tokenizer, entries, 40, batch_size=4) == alone
-    prompt = tokenizer.encode(format_prompt(entries[3]))  # an answer ends with the context
+    alone = [respond(model, tokenizer, [entry], 40)[0] for entry in entries]
+    assert len(set(alone)) == 5 and alone[0] == alone[4]
+    assert respond(model, tokenizer, entries, 40, batch_size=4) == alone
+    prompt = tokenizer.encode(format_prompt(entries[3]))  # a response ends with the context
     (ids,) = model.generate([prompt], 221 - len(prompt), temperature=0)
-    assert len(ids) < 40 and alone[3] == tokenizer.decode(ids).strip()
+    assert len(ids) < 40
+    assert alone[3] == tokenizer.decode(ids).strip()
+    tokenizer.eot = ids[10]
+    expected = tokenizer.decode(ids[: ids.index(ids[10])]).strip()
+    assert respond(model, tokenizer, entries, 40, batch_size=4)[3] == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LoRA
 
 
@@ -238,21 +261,19 @@ def test_lora_starts_as_nothing_and_merges_into_the_weights():
 
 
 def test_lora_is_its_formula():
+    torch.manual_seed(0)
     linear = torch.nn.Linear(6, 10)
     lora = LoRALinear(linear, rank=2, alpha=6, dropout=0.5).eval()
+    assert lora.lora_A.weight.shape == (2, 6)
+    assert lora.lora_B.weight.shape == (10, 2)
+    assert lora.lora_A.weight.std() > 0.1
     torch.nn.init.normal_(lora.lora_B.weight)
-    x = torch.randn(5, 6)
-    expected = (
-        x @ linear.weight.T + linear.bias + 3 * x @ lora.lora_A.weight.T @ lora.lora_B.weight.T
-    )
-    assert torch.allclose(lora(x), expected, atol=1e-6)
-    assert (
-        lora.lora_A.weight.shape == (2, 6)
-        and lora.lora_B.weight.shape == (10, 2)
-        and lora.lora_A.weight.std() > 0.1
-    )
-    outputs = lora.train()(x) - linear(x)  # dropout is on the detour alone
-    assert not torch.allclose(outputs, expected - linear(x))
+    x = torch.randn(50, 6)
+    added = 3 * x @ lora.lora_A.weight.T @ lora.lora_B.weight.T
+    assert torch.allclose(lora(x), x @ linear.weight.T + linear.bias + added, atol=1e-5)
+    # Dropout is on the input of the adapter alone: where it drops all, W x + b is left
+    lora.lora_dropout.p = 1.0
+    assert torch.allclose(lora.train()(x), linear(x), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -262,38 +283,105 @@ def test_lora_parameter_counts(targets, n):
     with torch.device("meta"):
         model = add_lora(GPT(GPT2_CONFIGS["gpt2"]), rank=16, targets=targets)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(trained.values()) == n and all(".lora_" in name for name in trained)
+    assert sum(trained.values()) == n
+    assert all(".lora_" in name for name in trained)
 
 
-def test_an_adapter_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": 2, "targets": ["c_attn", "attn"]}])
+def test_impossible_adapters_are_refused(settings):
+    with pytest.raises(ValueError, match="0|attn"):
+        add_lora(small_gpt(), **settings)
+
+
+def small_classifier():
+    torch.manual_seed(0)
+    return GPTClassifier(small_gpt(), 3).eval()
+
+
+def saved_adapter(make, folder, **options):
+    """-> a model with random adapters, which are saved in a folder"""
+    model = add_lora(make(), rank=4, alpha=8, targets=["attn.c_proj", "c_fc"]).eval()
+    randomise(model)
+    if isinstance(model, GPTClassifier):
+        torch.nn.init.normal_(model.score.weight)  # the head belongs to the adapter
+    save_lora(model, folder, "base", **options)
+    return model
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_adapter_is_saved_and_loaded(tmp_path, kind):
+    folder = kind(tmp_path / "adapter")
     ids = torch.randint(0, 300, (2, 30))
-    for make in (small_gpt, lambda: GPTClassifier(small_gpt(), 3).eval()):
-        model = make()
-        args = (ids, torch.tensor([30, 4])) if isinstance(model, GPTClassifier) else (ids,)
-        add_lora(model, rank=4, alpha=8, targets=["attn.c_proj", "c_fc"]).eval()
-        randomise(model)
-        folder = tmp_path / type(model).__name__
-        save_lora(model, folder, "base")
-        assert torch.equal(load_lora(make(), folder).eval()(*args), model(*args))
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["r"] == 4 and config["lora_alpha"] == 8 and config["fan_in_fan_out"] is True
-    names = read_safetensors(tmp_path / "GPT" / "adapter_model.safetensors")
-    assert names["base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"].shape == (4, 16)
-    for key, value in [
+    model = saved_adapter(small_gpt, folder)
+    assert torch.equal(load_lora(small_gpt(), folder).eval()(ids), model(ids))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (4, 8, True)
+    tensors = read_safetensors(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 2  # two matrices, in two layers of each of two blocks
+    assert tensors["base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight"].shape == (4, 16)
+
+
+def test_adapter_of_a_classifier_has_its_head(tmp_path):
+    ids, lengths = torch.randint(0, 300, (2, 30)), torch.tensor([30, 4])
+    model = saved_adapter(small_classifier, tmp_path, classes=["a", "b", "c"])
+    again = load_lora(small_classifier(), tmp_path).eval()
+    assert torch.equal(again(ids, lengths), model(ids, lengths))
+    assert json.loads((tmp_path / "classes.json").read_text()) == {"classes": ["a", "b", "c"]}
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        load_lora(small_gpt(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
         ("use_dora", True),
+        ("use_rslora", True),
         ("bias", "all"),
         ("peft_type", "IA3"),
         ("rank_pattern", {"c_fc": 2}),
-    ]:
-        (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match="only plain LoRA"):
-            load_lora(make(), folder)
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+        ("init_lora_weights", "pissa"),
+        ("modules_to_save", ["wte"]),
+        ("alora_invocation_tokens", [1]),
+        ("a_setting_of_tomorrow", 1),
+    ],
+)
+def test_other_variants_of_lora_are_refused_by_name(tmp_path, name, value):
+    saved_adapter(small_gpt, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config.json: .*{name}"):
+        load_lora(small_gpt(), tmp_path)
+
+
+def test_damaged_adapters_are_refused(tmp_path):
+    saved_adapter(small_gpt, tmp_path)
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):  # of a larger model
+        load_lora(small_gpt(n_embd=32), tmp_path)
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):  # of a deeper model
+        load_lora(small_gpt(n_layer=1), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"r": 5}))
     with pytest.raises(ValueError, match="adapter_model.safetensors"):
-        load_lora(make(), folder)
+        load_lora(small_gpt(), tmp_path)
+    del config["lora_alpha"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lora_alpha"):
+        load_lora(small_gpt(), tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_half_an_adapter_is_refused(tmp_path, half):
+    model = add_lora(small_gpt(), rank=2, targets=["h.0.mlp.c_fc", "h.1.mlp.c_fc"])
+    state = model.state_dict()
+    del state[f"h.1.mlp.c_fc.{half}.weight"]
+    model.state_dict = lambda: state
+    save_lora(model, tmp_path, "base")
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.lora_"):
+        load_lora(small_gpt(), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
 # Data
 
 TEXTS = [
@@ -302,38 +390,44 @@ TEXTS = [
     ("ham", "naïve café 🙂"),
     ("spam", 'a "quote'),
 ]
+AS_ROWS = [{"text": text, "label": label} for label, text in TEXTS]
 
 
 def write_tables(folder):
     table = io.StringIO(newline="")
-    csv.writer(table).writerows([("v1", "text"), *TEXTS])
-    uci = "".join(f"{label}\t{text}\n" for label, text in TEXTS)
-    rows = [{"text": text, "label": label} for label, text in TEXTS]
+    csv.writer(table).writerows([("label", "text"), *TEXTS])
+    tsv = "".join(f"{label}\t{text}\n" for label, text in TEXTS)
     files = {
-        "a.tsv": "label\ttext\n" + uci,
+        "a.tsv": "label\ttext\n" + tsv,
+        "bom.tsv": "\ufefflabel\ttext\textra\n" + tsv.replace("\n", "\tx\n"),
+        "uci.tsv": tsv.replace("\n", "\r\n"),
+        "SMSSpamCollection": tsv,
         "b.csv": table.getvalue(),
-        "c.json": json.dumps(rows),
-        "d.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "uci.tsv": uci.replace("\n", "\r\n"),
+        "c.json": json.dumps(AS_ROWS),
+        "d.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in AS_ROWS),
     }
     for name, text in files.items():
         (folder / name).write_bytes(text.encode())
-    with zipfile.ZipFile(folder / "sms+spam+collection.zip", "w") as archive:
-        archive.writestr("readme", "About")
-        archive.writestr("SMSSpamCollection", uci)
+    return list(files)
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
-    write_tables(tmp_path)
-    expected = [(text, label) for label, text in TEXTS]
-    for name in ("a.tsv", "c.json", "d.jsonl", "uci.tsv", "sms+spam+collection.zip"):
-        assert [row[1:] for row in read_texts(str(tmp_path / name), tmp_path)] == expected, name
-    assert [
-        row[1:] for row in read_texts(str(tmp_path / "b.csv"), tmp_path, label_column="v1")
-    ] == expected
+    for name in write_tables(tmp_path):
+        assert read_rows(str(tmp_path / name), tmp_path, ("text", "label")) == AS_ROWS, name
 
 
-class Stub(BaseHTTPRequestHandler):
+def test_columns_that_are_asked_for(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,input,output,more\nSay hello.,,Hello.,x\n")
+    rows = read_rows(path, tmp_path, ("instruction", "input", "output"), optional=("input",))
+    assert rows == [ROW]
+    path = tmp_path / "a.json"
+    path.write_text('[{"v1": 1, "v2": "text"}, {"v1": "null", "v2": null}, {"v1": 0}]')
+    rows = read_rows(path, tmp_path, ("v2", "v1"), optional=("v2",))
+    assert rows == [{"v2": "text", "v1": "1"}, {"v2": "", "v1": "null"}, {"v2": "", "v1": "0"}]
+
+
+class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
@@ -344,126 +438,122 @@ class Stub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+@contextmanager
 def serve(handler):
+    """-> the URL of a server, which is closed at the end"""
     server = HTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
 
 
-def test_several_files_are_refused(tmp_path):
+def test_rows_of_a_url_are_downloaded_once(tmp_path):
     write_tables(tmp_path)
-    with pytest.raises(ValueError, match="one file is needed, and here are 2"):
-        read_texts(str(tmp_path / "*.tsv"), tmp_path)
+    asked = []
 
-
-def test_instructions_may_be_a_table(tmp_path):
-    (tmp_path / "a.csv").write_text("instruction,input,output\nSay hello.,,Hello.\n")
-    assert read_instructions(str(tmp_path / "a.csv"), tmp_path) == [ROW]
-
-
-def test_a_zip_by_its_url(tmp_path):
-    write_tables(tmp_path)
-
-    class Files(Stub):
+    class Files(Handler):
         def do_GET(self):
+            asked.append(self.path)
             self.send(200, (tmp_path / self.path[1:]).read_bytes())
 
-    server, url = serve(Files)
-    (tmp_path / "new").mkdir()
-    rows = read_texts(url + "/sms+spam+collection.zip", tmp_path / "new")
-    server.shutdown()
-    assert [row[1:] for row in rows] == [(text, label) for label, text in TEXTS]
-
-
-def damaged_lzma():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("a.tsv", "ham\thello\n" * 100)
-    data = bytearray(file.getvalue())
-    start = 30 + len("a.tsv")  # of what is compressed, after the header and the name
-    data[start + 9 : start + 30] = b"\xff" * 21
-    return bytes(data)
+    with serve(Files) as url:
+        for _ in range(2):
+            rows = read_rows(f"{url}/a.tsv", tmp_path / "new", ("text", "label"))
+            assert rows == AS_ROWS
+    assert asked == ["/a.tsv"]
 
 
 ROW = {"instruction": "Say hello.", "input": "", "output": "Hello."}
-LABELLED = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(12)]
+COLUMNS = {"instruct": ("instruction", "input", "output"), "classify": ("text", "label")}
 
 
 @pytest.mark.parametrize(
     "command, rows, message",
     [
-        ("instruct", [ROW, ROW, {"instruction": "x"}], "d.json, row 3: 'output' is missing"),
-        ("instruct", [ROW, ROW | {"output": " "}], "d.json, row 2: 'output' is empty"),
-        ("instruct", [ROW | {"instruction": ""}], "d.json, row 1: 'instruction' is empty"),
-        ("instruct", [ROW | {"input": 3}], "d.json, row 1: 'input' is not a text"),
-        ("instruct", [ROW, "text"], "d.json, row 2: not an object"),
-        ("instruct", [ROW, ROW], "d.json: 2 rows, but"),
-        ("instruct", {"rows": []}, "d.json: not a list of rows"),
-        ("instruct", [], "d.json: no rows"),
-        ("classify", [*LABELLED, {"label": "a"}], "d.json, row 13: 0 columns are named text"),
-        (
-            "classify",
-            [*LABELLED, {"text": "t", "message": "m", "label": "a"}],
-            "d.json, row 13: 2 columns are named text",
-        ),
-        ("classify", [*LABELLED, {"text": 7, "label": "a"}], "d.json, row 13: 7 is no text"),
-        ("classify", [*LABELLED, {"text": " ", "label": "a"}], "d.json, row 13: ' ' is no text"),
-        ("classify", [*LABELLED, {"text": "t", "label": None}], "d.json, row 13: None is no label"),
-        (
-            "classify",
-            [*LABELLED, {"text": "t", "label": "c"}],
-            "d.json, row 13: the class 'c' has less than 3 rows",
-        ),
-        ("classify", LABELLED[::2], "d.json: one class only, 'a'"),
-        (
-            "classify",
-            [*LABELLED, {"text": "\ud83d", "label": "a"}],
-            "d.json, row 13: half a character",
-        ),
+        ("instruct", [ROW, ROW, {"instruction": "x"}], "row 3: output"),
+        ("instruct", [ROW, ROW | {"output": " "}], "row 2: output"),
+        ("instruct", [ROW | {"instruction": ""}], "row 1: instruction"),
+        ("instruct", [ROW | {"input": ["x"]}], "row 1: input"),
+        ("instruct", [ROW, "text"], "row 2"),
+        ("instruct", {"rows": []}, "no rows"),
+        ("instruct", [], "no rows"),
+        ("classify", [*AS_ROWS, {"label": "a"}], "row 5: text"),
+        ("classify", [*AS_ROWS, {"text": " ", "label": "a"}], "row 5: text"),
+        ("classify", [*AS_ROWS, {"text": "t", "label": None}], "row 5: label"),
+        ("classify", [*AS_ROWS, {"text": "t", "label": 0.5}], "row 5: label"),
     ],
 )
-def test_bad_rows_are_named(monkeypatch, capsys, tmp_path, command, rows, message):
-    (tmp_path / "d.json").write_text(json.dumps(rows))
-    args = [command, "--data", tmp_path / "d.json", "--out", tmp_path / "out", *QUICK]
-    code, _, error = run(monkeypatch, capsys, *args)
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "out").exists()
+def test_bad_rows_are_named(tmp_path, command, rows, message):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=rf"d\.json: .*{message}"):
+        read_rows(path, tmp_path, COLUMNS[command], optional=("input",))
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("d.tsv", b"label\ttext\nham\thi\nham\n", "d.tsv, line 3: 1 columns"),
-        ("d.csv", b"a,b,c\n1,2,3\n", "d.csv, line 1: 3 columns"),
-        (
-            "d.csv",
-            "label,text\nham,caf\u00e9\n".encode("latin-1"),
-            "d.csv: damaged, or not a UTF-8 text",
-        ),
-        ("d.json", b"[{", "d.json: damaged"),
-        ("d.jsonl", b'{"text": "a", "label": "b"}\n{"text', "d.jsonl, line 2: damaged"),
-        ("d.zip", b"PK\x05\x06" + bytes(18), "d.zip"),
-        ("d.tsv", b"", "d.tsv: empty"),
-        ("d.zip", damaged_lzma(), "d.zip: damaged"),
-        ("d.csv", b"text,label,text\na,b,c\n", "d.csv, line 1: two columns have the same name"),
+        ("d.tsv", b"label\ttext\nham\thi\nham\n", "row 2: text"),
+        ("d.tsv", b"ham\thi\nham\thi\tho\n", "row 2"),
+        ("d.tsv", b"", "no rows"),
+        ("d.tsv", b"label\tmessage\nham\thi\n", "text"),  # a header, but of another column
+        ("d.csv", b"a,b,c\n1,2,3\n", "row 1: text"),
+        ("d.csv", b"text,label\na,b\nc,d,e\n", "row 2"),
+        ("d.csv", b'text,label\n"a,b\n', ""),
+        ("d.csv", "label,text\nham,café\n".encode("latin-1"), "utf-8"),
+        ("d.json", b"[{", ""),
+        ("d.jsonl", b'{"text": "a", "label": "b"}\n{"text', ""),
+        ("d.zip", b"PK\x05\x06" + bytes(18) + b"\xff", ""),
     ],
 )
-def test_bad_files_are_named(monkeypatch, capsys, tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    code, _, error = run(
-        monkeypatch,
-        capsys,
-        "classify",
-        "--data",
-        tmp_path / name,
-        "--out",
-        tmp_path / "out",
-        *QUICK,
-    )
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+def test_bad_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+        read_rows(path, tmp_path, ("text", "label"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_bad_data_ends_the_command_with_one_line(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "d.json"
+    args = ["classify", "--data", path, "--out", tmp_path / "out", *QUICK]
+    one_class = [{"text": f"text {i}", "label": "a"} for i in range(40)]
+    for rows in (AS_ROWS + [{"text": ""}], AS_ROWS, one_class):
+        path.write_text(json.dumps(rows))
+        code, _, error = run(monkeypatch, capsys, *args)
+        assert is_error(code, error), error
+        assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    code, _, error = run(monkeypatch, capsys, *args)
+    assert is_error(code, error) and "d.json" in error
+
+
+def test_split_is_stratified():
+    rows = [(i, label) for i, label in enumerate("a" * 200 + "b" * 40 + "c" * 20)]
+    before = list(rows)
+    parts = split_rows(rows, 1, n_val=2, n_test=4, key=lambda row: row[1])
+    assert rows == before
+    assert sorted(sum(parts, [])) == rows
+    counts = [Counter(label for _, label in part) for part in parts]
+    assert counts[0] == {"a": 140, "b": 28, "c": 14}  # 70, 10 and 20 %
+    assert counts[1] == {"a": 20, "b": 4, "c": 2}
+    assert counts[2] == {"a": 40, "b": 8, "c": 4}
+    assert all(part != sorted(part, key=lambda row: row[1]) for part in parts)
+    assert split_rows(rows, 1, n_val=2, n_test=4, key=lambda row: row[1]) == parts
+    assert split_rows(rows, 2, n_val=2, n_test=4, key=lambda row: row[1]) != parts
+
+
+def test_split_of_few_rows():
+    assert [len(part) for part in split_rows(list(range(10)), 0, n_val=1, n_test=2)] == [7, 1, 2]
+    with pytest.raises(ValueError, match="2 rows are too few"):
+        split_rows([1, 2], 0, n_val=1, n_test=2)
+
+
+# --------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -471,10 +561,17 @@ def test_bad_files_are_named(monkeypatch, capsys, tmp_path, name, content, messa
 def messages(tmp_path):
     """Two classes that can be told apart by a word, in different numbers"""
     path = tmp_path / "messages.tsv"
-    lines = [f"ham\tsee you at {i}\n" for i in range(30)] + [
-        f"spam\twin {i * 'now '}\n" for i in range(1, 21)
-    ]
+    lines = [f"ham\tsee you at {i}\n" for i in range(30)]
+    lines += [f"spam\twin {i * 'now '}\n" for i in range(1, 21)]
     path.write_text("label\ttext\n" + "".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    path = tmp_path / "instructions.json"
+    rows = [{"instruction": f"Say {i}.", "output": "x" * (1 + i % 7)} for i in range(40)]
+    path.write_text(json.dumps(rows))
     return path
 
 
@@ -484,151 +581,139 @@ def messages(tmp_path):
 )
 def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     out = tmp_path / "out"
-    args = [
-        "classify",
-        "--data",
-        messages,
-        "--out",
-        out,
-        *QUICK,
-        "--epochs",
-        6,
-        "--balance",
-        "--context-length",
-        30,
-        *how,
-    ]
-    code, output, error = run(monkeypatch, capsys, *args)
+    args = ["--data", messages, "--out", out, *QUICK, "--epochs", 6, "--balance"]
+    args += ["--context-length", 30, *how]
+    code, output, error = run(monkeypatch, capsys, "classify", *args)
     assert code == 0, error
-    assert (
-        "30 ham, 20 spam; 20 of each are used" in output
-        and "longer than 30 tokens" in output
-        and "recall" in output
-    )
+    assert "truncated to 30 tokens" in output and "recall" in output
     assert (out / "adapter").exists() == ("--lora-rank" in how)
-    curve = [row for row in read_losses(out / "losses.csv") if row["val_loss"]]
-    assert all(
-        0 <= float(row[name]) <= 1 for row in curve for name in ("train_accuracy", "val_accuracy")
-    )
-    assert [row["step"] for row in curve] == [
-        "0",
-        "4",
-        "8",
-        "12",
-        "16",
-        "20",
-        "21",
-    ]  # once an epoch of 28 rows, and at the end
+    curve = [row for row in read_losses(out) if row["val_loss"]]
+    for name in ("train_accuracy", "val_accuracy"):
+        assert all(0 <= float(row[name]) <= 1 for row in curve)
+    # Once an epoch of 28 rows, and at the end
+    assert [row["step"] for row in curve] == ["0", "4", "8", "12", "16", "20", "21"]
+
     # Only what was to be trained has changed
-    before, after = (
-        load_gpt2(TINY)[0].state_dict(),
-        load_classifier(out)[0].transformer.state_dict(),
-    )
-    before["wpe.weight"] = before["wpe.weight"][
-        :30
-    ]  # what is predicted later is read as far as what was learned
+    before = load_gpt2(TINY)[0].state_dict()
+    after = load_classifier(out)[0].transformer.state_dict()
+    before["wpe.weight"] = before["wpe.weight"][:30]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if "last" in how:
-        assert changed and all(name.startswith(("h.1.", "ln_f.")) for name in changed)
-    elif not how:
-        assert changed == set(before)
+        assert changed
+        assert all(name.startswith(("h.1.", "ln_f.")) for name in changed)
+    elif "--lora-rank" in how:
+        layers = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        assert changed == {name for name in before if name.endswith(layers)}
     else:
-        assert changed == {
-            name
-            for name in before
-            if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and "weight" in name
-        }
+        assert changed == set(before)
 
     code, output, _ = run(monkeypatch, capsys, "predict", out, "see you at 7", "win now now now")
     lines = [line.split("\t") for line in output.splitlines()]
-    assert [line[0] for line in lines] == ["ham", "spam"] and lines[1][2] == "win now now now"
+    assert [line[0] for line in lines] == ["ham", "spam"]
+    assert [line[2] for line in lines] == ["see you at 7", "win now now now"]
     assert all(0.5 < float(line[1]) <= 1 for line in lines)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("win now now now\nsee you at 7\n"))
-    assert run(monkeypatch, capsys, "predict", out)[1].splitlines() == output.splitlines()[::-1]
-    code, _, error = run(monkeypatch, capsys, "predict", out, " ")
-    assert code == 2 and error == "error: text 1 is empty\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a line\u2028of\x0cone text\nsee you at 7\n"))
-    output = run(monkeypatch, capsys, "predict", out)[1]
-    assert output.count("\n") == 2 and "a line\u2028of\x0cone text" in output
-    monkeypatch.setattr(sys, "stdin", None)
-    code, _, error = run(monkeypatch, capsys, "predict", out)
-    assert code == 2 and error == "error: text 1 is empty\n"
+    if "--lora-rank" in how:  # the adapter does on the base what the merged model does
+        args = ["--adapter", out / "adapter", TINY, "see you at 7", "win now now now"]
+        assert run(monkeypatch, capsys, "predict", *args)[1] == output
+
+
+def test_predict_reads_lines(monkeypatch, capsys, tmp_path):
+    save_classifier(GPTClassifier(load_gpt2(TINY)[0], 2), load_gpt2(TINY)[1], "ab", tmp_path)
+    texts = ["see you", "a line\u2028of\x0cone text", "é"]
+    expected = run(monkeypatch, capsys, "predict", tmp_path, *texts)[1]
+    assert expected.count("\n") == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
+    assert run(monkeypatch, capsys, "predict", tmp_path) == (0, expected, "")
+    code, _, error = run(monkeypatch, capsys, "predict", tmp_path, "a " * 100)
+    assert code == 0 and "1 texts are truncated" in error
+    for stdin in ("", "a\n\nb\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code, _, error = run(monkeypatch, capsys, "predict", tmp_path)
+        assert is_error(code, error) and "empty" in error
     code, _, error = run(monkeypatch, capsys, "predict", TINY, "x")
-    assert code == 2 and "no classifier" in error
-    code, _, error = run(monkeypatch, capsys, *args)
-    assert code == 2 and "--resume" in error and "--overwrite" in error
+    assert is_error(code, error) and "not a classifier" in error
+    code, _, error = run(monkeypatch, capsys, "predict", tmp_path / "none", "x")
+    assert is_error(code, error)
 
 
-def test_optimizer_state_for_the_adapters_only(monkeypatch, capsys, tmp_path, messages):
+def test_options_of_predict_may_stand_before_the_texts(monkeypatch, capsys, tmp_path):
+    save_classifier(GPTClassifier(load_gpt2(TINY)[0], 2), load_gpt2(TINY)[1], "ab", tmp_path)
+    args = [tmp_path, "--device", "cpu", "see you"]
+    code, output, error = run(monkeypatch, capsys, "predict", *args)
+    assert code == 0, error
+    assert output.endswith("\tsee you\n")
+
+
+def test_optimizer_state_is_for_the_adapters_only(monkeypatch, capsys, tmp_path, messages):
     args = ["--data", messages, "--out", tmp_path / "out", *QUICK, "--lora-rank", 4]
     assert run(monkeypatch, capsys, "classify", *args)[0] == 0
     state = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)
     held = sum(entry["exp_avg"].numel() for entry in state["optimizers"][0]["state"].values())
     C, L = 24, 2
-    assert (
-        held == 4 * L * ((C + 3 * C) + (C + C) + 2 * (C + 4 * C)) + 2 * C
-    )  # the head has two rows
+    adapters = 4 * L * ((C + 3 * C) + (C + C) + 2 * (C + 4 * C))
+    assert held == adapters + 2 * C  # the head has two rows
 
 
-def test_random_weights_and_a_vocabulary_of_the_rows(monkeypatch, capsys, tmp_path, messages):
-    args = [
-        "classify",
-        "--init",
-        "random",
-        "--data",
-        messages,
-        "--out",
-        tmp_path / "out",
-        "--epochs",
-        1,
-    ]
-    code, output, error = run(monkeypatch, capsys, *args)
+def test_random_weights_and_a_vocabulary_of_the_rows(monkeypatch, capsys, tmp_path):
+    rows = [{"v1": int(i % 3 > 0) * 10 + i % 3, "v2": f"text {i % 3}"} for i in range(60)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    args = ["--init", "random", "--data", tmp_path / "d.json", "--out", tmp_path / "out"]
+    args += ["--epochs", 1, "--text-column", "v2", "--label-column", "v1", "--train", "head"]
+    code, output, error = run(monkeypatch, capsys, "classify", *args)
     assert code == 0, error
     model, tokenizer, classes = load_classifier(tmp_path / "out")
-    assert (
-        tokenizer.vocab_size < 400
-        and model.transformer.config.n_layer == 2
-        and classes == ["ham", "spam"]
-    )
+    assert tokenizer.vocab_size < 400
+    assert model.transformer.config.n_layer == 2
+    assert classes == ["0", "11", "12"]
+    assert f"{model.score.weight.numel()} of " in output
 
 
-def test_other_rows_and_other_settings_are_refused_on_resume(
+def test_the_same_command_repeats_the_report_of_a_finished_run(
     monkeypatch, capsys, tmp_path, messages
 ):
-    monkeypatch.chdir(tmp_path)
-    assert (
-        run(monkeypatch, capsys, "classify", "--data", messages.name, "--out", "out", *QUICK)[0]
-        == 0
-    )
-    monkeypatch.chdir("/")
-    assert (
-        run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")[0] == 0
-    )  # from anywhere
-    for option in ("--seed", 2), ("--lora-rank", 3), ("--out", "x"), ("--balance",):
-        code, _, error = run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out", *option)
-        assert code == 2 and error.startswith(f"error: {option[0]} does not go with --resume")
-    messages.write_text(messages.read_text().replace("ham", "eggs"))
-    code, _, error = run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")
-    assert (
-        code == 2
-        and f"{messages} is not what it was when the run in {tmp_path / 'out'} began" in error
-    )
-    code, _, error = run(monkeypatch, capsys, "instruct", "--resume", tmp_path / "out")
-    assert code == 2 and "not the state of a run of instruct" in error
+    out = tmp_path / "out"
+    args = ["classify", "--data", messages, "--out", out, *QUICK, "--lora-rank", 2]
+    code, first, error = run(monkeypatch, capsys, *args)
+    assert code == 0, error
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, second, error = run(monkeypatch, capsys, *args)
+    assert code == 0, error
+    assert "finished at step 5" in second and "before" not in second
+    assert second.partition("\nafter")[2] == first.partition("\nafter")[2] != ""
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob("*.lock"))
 
 
-def test_a_run_needs_its_base_no_more(monkeypatch, capsys, tmp_path, messages):
-    save_gpt2(*load_gpt2(TINY), tmp_path / "base")
-    args = ["--data", messages, "--out", tmp_path / "out", *QUICK, "--init", tmp_path / "base"]
+def test_other_rows_and_other_settings_are_refused(monkeypatch, capsys, tmp_path, messages):
+    out = tmp_path / "out"
+    args = ["--data", messages, "--out", out, *QUICK]
     assert run(monkeypatch, capsys, "classify", *args)[0] == 0
-    first = (tmp_path / "out" / "model.safetensors").read_bytes()
-    code, _, error = run(
-        monkeypatch, capsys, "classify", *args, "--out", tmp_path / "base", "--overwrite"
-    )
-    assert code == 2 and "--init and --out are both" in error
-    (tmp_path / "base" / "model.safetensors").unlink()
-    assert run(monkeypatch, capsys, "classify", "--resume", tmp_path / "out")[0] == 0
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
+    before = (out / "model.safetensors").read_bytes()
+    changes = [("--seed", 2), ("--lora-rank", 3), ("--train", "last"), ("--weight-decay", 0)]
+    for name, value in changes:
+        code, _, error = run(monkeypatch, capsys, "classify", *args, name, value)
+        assert is_error(code, error) and f"{name} " in error and "--overwrite" in error
+    code, _, error = run(monkeypatch, capsys, "instruct", *args)
+    assert is_error(code, error)
+    moved = messages.rename(tmp_path / "moved.tsv")  # the same rows elsewhere, and more epochs
+    args = ["--data", moved, "--out", out, *QUICK, "--epochs", 2]
+    code, output, error = run(monkeypatch, capsys, "classify", *args)
+    assert code == 0, error
+    assert "going on from step 5" in output
+    assert len(read_losses(out)) == 10  # 9 steps, for 36 rows twice
+    assert (out / "model.safetensors").read_bytes() != before
+    moved.write_text(moved.read_text().replace("ham", "eggs"))
+    code, _, error = run(monkeypatch, capsys, "classify", *args)
+    assert is_error(code, error) and "data" in error
+
+
+def test_a_model_is_not_replaced_by_accident(monkeypatch, capsys, tmp_path, messages):
+    save_gpt2(*load_gpt2(TINY), tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    args = ["--data", messages, *QUICK, "--init", tmp_path / "base", "--out", tmp_path / "base"]
+    code, _, error = run(monkeypatch, capsys, "classify", *args)
+    assert is_error(code, error) and "holds a model" in error
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
 
 
 def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, tmp_path, messages):
@@ -636,256 +721,390 @@ def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, tmp_
     args = ["classify", "--data", messages, "--out", out, *QUICK]
     assert run(monkeypatch, capsys, *args, "--lora-rank", 2)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert run(monkeypatch, capsys, *args, "--overwrite", "--batch-size", 0)[0] == 2
-    assert run(monkeypatch, capsys, *args, "--overwrite", "--micro-batch-size", 3)[0] == 2
+    for change in (("--batch-size", 0), ("--epochs", 0), ("--context-length", 1.5)):
+        code, _, error = run(monkeypatch, capsys, *args, "--overwrite", *change)
+        assert is_error(code, error)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    with monkeypatch.context() as patch:
-        patch.setattr("load_gpt2.os.replace", None)  # a disk that takes no more files
-        with pytest.raises(TypeError):
-            run(monkeypatch, capsys, *args, "--overwrite")
-    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    # The old model is whole, and no state of the old run can be taken for that of the new one
-    assert after == {
-        out / name: before[out / name]
-        for name in ("config.json", "model.safetensors", "merges.txt", "vocab.json")
-    }
     assert run(monkeypatch, capsys, *args, "--overwrite")[0] == 0
-    assert not list(out.glob("adapter/*"))  # which was of the old run
+    assert not (out / "adapter").exists()  # it was of the old run
+    assert (out / "model.safetensors").read_bytes() != before[out / "model.safetensors"]
 
 
 def test_the_missing_base_is_explained(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for command in ("classify", "instruct"):
         code, _, error = run(monkeypatch, capsys, command)
-        assert code == 2 and error.startswith(
-            "error: out/stories: no such folder; `python train.py`"
-        )
-    assert not list(tmp_path.iterdir())
+        assert is_error(code, error)
+        assert "out/stories" in error and "python train.py" in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.fixture
-def instructions(tmp_path):
-    path = tmp_path / "instructions.json"
-    path.write_text(
-        json.dumps(
-            [ROW | {"instruction": f"Say {i}.", "output": "x" * (1 + i % 7)} for i in range(40)]
-        )
-    )
-    return path
-
-
-def test_instruct_and_its_answers(monkeypatch, capsys, tmp_path, instructions):
+def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions):
     out = tmp_path / "out"
     args = ["--data", instructions, "--out", out, *QUICK, "--compare", "--max-new-tokens", 8]
     code, output, error = run(monkeypatch, capsys, "instruct", *args)
     assert code == 0, error
-    losses = [float(row["val_loss"]) for row in read_losses(out / "losses.csv") if row["val_loss"]]
+    losses = [float(row["val_loss"]) for row in read_losses(out) if row["val_loss"]]
     assert losses[-1] < losses[0]
     results = json.loads((out / "responses.json").read_text())
-    assert len(results) == 4
-    assert all(
-        list(row) == ["instruction", "input", "output", "response", "base_response"]
-        for row in results
-    )
+    assert len(results) == 4  # 10 % of the rows
+    columns = ["instruction", "input", "output", "response", "base_response"]
+    assert all(list(row) == columns for row in results)
     model, tokenizer = load_gpt2(out)
-    assert (
-        model.config.context_length == 256
-    )  # it has grown, since the prompt alone is longer than 48
+    assert [row["response"] for row in results] == respond(model, tokenizer, results, 8)
+    assert any(row["response"] != row["base_response"] for row in results)
+    # The context has grown: the prompt alone is longer than the 48 tokens of the base
+    assert model.config.context_length == 256
+    known = load_gpt2(TINY)[0].wpe.weight
+    assert (model.wpe.weight[:48] - known).abs().max() < 0.05
+
+
+def long_base(folder):
+    """TINY with room for a prompt"""
+    gpt, tokenizer = load_gpt2(TINY)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(320, context_length=200, n_layer=2, n_head=3, n_embd=24))
+    weights = gpt.state_dict()
+    weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight.data[48:]])
+    model.load_state_dict(weights)
+    save_gpt2(model, tokenizer, folder)
+    return folder
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", 2, "--lora-dropout", 0]])
 def test_the_loss_does_not_depend_on_micro_batches(
     monkeypatch, capsys, tmp_path, instructions, lora
 ):
-    if lora:  # a base whose context is long enough
-        args = ["--data", instructions, "--out", tmp_path / "base", *QUICK]
-        assert run(monkeypatch, capsys, "instruct", *args)[0] == 0
-        lora = [*lora, "--init", tmp_path / "base"]
+    args = ["--data", instructions, *QUICK, "--dropout", 0, "--max-new-tokens", 2]
+    args += ["--init", long_base(tmp_path / "base"), *lora]
     losses = []
-    for size in (8, 4, 1):
-        args = [
-            "--data",
-            instructions,
-            "--out",
-            tmp_path / str(size),
-            *QUICK,
-            "--dropout",
-            0,
-            *lora,
-        ]
-        code, _, error = run(
-            monkeypatch,
-            capsys,
-            "instruct",
-            *args,
-            "--micro-batch-size",
-            size,
-            "--max-new-tokens",
-            2,
-        )
+    for size in (8, 3):
+        out = tmp_path / str(size)
+        options = ["--out", out, "--micro-batch-size", size]
+        code, _, error = run(monkeypatch, capsys, "instruct", *args, *options)
         assert code == 0, error
-        losses.append(
-            [
-                float(row["train_loss"])
-                for row in read_losses(tmp_path / str(size) / "losses.csv")[1:]
-            ]
-        )
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(
-        losses[0], rel=1e-4
-    )
+        losses.append([float(row["train_loss"]) for row in read_losses(out)[1:]])
+    assert len(losses[0]) == 5  # 34 rows
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    if lora:  # the adapter on its base is the merged model
+        adapted = merge_lora(load_lora(load_gpt2(tmp_path / "base")[0], tmp_path / "8" / "adapter"))
+        ids = torch.arange(40)[None]
+        assert torch.allclose(adapted(ids), load_gpt2(tmp_path / "8")[0](ids), atol=1e-5)
+
+
+def test_lora_does_not_add_positions(monkeypatch, capsys, tmp_path, instructions):
+    args = ["--data", instructions, "--out", tmp_path / "out", *QUICK, "--lora-rank", 2]
+    code, _, error = run(monkeypatch, capsys, "instruct", *args)  # no prompt fits into 48 tokens
+    assert is_error(code, error) and "48" in error
+    code, _, error = run(monkeypatch, capsys, "instruct", *args, "--context-length", 200)
+    assert is_error(code, error) and "48" in error
 
 
 @pytest.mark.parametrize("command", ["classify", "instruct"])
 def test_interrupted_and_resumed_is_uninterrupted(
     monkeypatch, capsys, tmp_path, messages, instructions, command
 ):
-    args = [
-        command,
-        *QUICK,
-        "--epochs",
-        8,
-        "--eval-every",
-        6,
-        "--data",
-        {"classify": messages, "instruct": instructions}[command],
-    ]
+    args = [command, *QUICK, "--epochs", 3, "--eval-every", 6]
     if command == "classify":
-        args += ["--lora-rank", 2]
-        names = ["adapter/adapter_model.safetensors"]
+        args += ["--data", messages, "--lora-rank", 2]
+        names = ["adapter/adapter_model.safetensors", "adapter/classes.json"]
     else:
-        args += ["--max-new-tokens", 4]
+        args += ["--data", instructions, "--max-new-tokens", 4]
         names = ["responses.json"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, _, error = run(monkeypatch, capsys, *args, "--out", whole)
     assert code == 0, error
+
+    def interrupt(line):
+        if "step     8/" in line:
+            signal.raise_signal(signal.SIGINT)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "train.show_progress",
-            lambda line: signal.raise_signal(signal.SIGINT) if "step     8/" in line else None,
-        )
+        patch.setattr("train.show_progress", interrupt)
         code, output, error = run(patch, capsys, *args, "--out", cut)
-    assert (
-        code == 130
-        and error == ""
-        and f"{command} --resume {cut}" in output
-        and len(read_losses(cut / "losses.csv")) == 10
-    )
-    code, _, error = run(monkeypatch, capsys, command, "--resume", cut)
+    assert (code, error) == (130, "")
+    assert "the same command goes on" in output
+    assert len(read_losses(cut)) == 10  # the step after the signal was finished
+    assert not (cut / "responses.json").exists()
+    code, output, error = run(monkeypatch, capsys, *args, "--out", cut)
     assert code == 0, error
+    assert "going on from step 9" in output
     for name in ("losses.csv", "model.safetensors", "config.json", *names):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_two_processes_do_what_one_does(monkeypatch, capsys, tmp_path, messages):
+    """Two forks of this process, with the variables of torchrun, which takes 15 s to start them."""
+    args = ["classify", "--data", messages, *QUICK, "--lora-rank", 2, "--micro-batch-size", 3]
+    args += ["--dropout", 0, "--lora-dropout", 0]
+
+    def work(rank):
+        os.environ |= variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        sys.argv = [*map(str, ["finetune.py", *args, "--out", tmp_path / "two"])]
+        with open(tmp_path / f"output-{rank}", "w", buffering=1) as sys.stdout:
+            finetune_py.main()
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    variables |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=25)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+    output = (tmp_path / "output-0").read_text()
+    assert output.count("finished: ") == 1 and (tmp_path / "output-1").read_text() == ""
+
+    code, one_output, error = run(monkeypatch, capsys, *args, "--out", tmp_path / "one")
+    assert code == 0, error
+    one, two = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for name in ("train_loss", "val_loss", "val_accuracy"):
+        a, b = ([float(row[name]) for row in rows if row[name]] for rows in (one, two))
+        assert a == pytest.approx(b, rel=1e-5), name
+    a, b = (read_safetensors(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat
+
+
 @pytest.fixture
 def talker(tmp_path):
-    """A folder with a model that talks on and on, with room for a prompt"""
-    model, tokenizer = small_gpt(vocab_size=257, context_length=2000, n_layer=1), Tokenizer([])
-    model.wte.weight.data[tokenizer.eot] = -10 * model.wte.weight.data.abs()[tokenizer.eot]
+    """A folder with a model that never ends a response, and has room for a prompt"""
+    model, tokenizer = small_gpt(vocab_size=257, context_length=1000, n_layer=1), Tokenizer([])
+    # The logit of end-of-text is the lowest of all: its embedding points away from the bias of
+    # the last LayerNorm, which is all that the other embeddings see
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[tokenizer.eot] = -10.0
     save_gpt2(model, tokenizer, tmp_path / "talker")
     return tmp_path / "talker"
 
 
-def test_chat(monkeypatch, capsys, talker):
-    monkeypatch.setattr(
-        sys, "stdin", io.StringIO("Hello\n\nAgain\n" + "long " * 1000 + "\nOnce more\n")
-    )
+def test_chat_gives_each_line_alone_to_the_model(monkeypatch, capsys, talker):
+    prompts = []
+    stream_text = finetune_py.load_gpt2.stream_text
+
+    def spy(model, tokenizer, prompt, *args, **options):
+        prompts.append(prompt)
+        yield from stream_text(model, tokenizer, prompt, *args, **options)
+
+    monkeypatch.setattr("load_gpt2.stream_text", spy)
+    lines = ["Hello", "", "  Again ", "long " * 1000, "Once more"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     code, output, error = run(monkeypatch, capsys, "chat", talker, "--max-new-tokens", 5)
-    assert code == 0 and error == "" and output.count("\n> ") == 6
-    assert "That is too long" in output
+    assert (code, error) == (0, "")
+    assert output.count("\n> ") == 6
+    assert "too long" in output
+    assert prompts == [format_prompt({"instruction": s}) for s in ("Hello", "Again", "Once more")]
 
 
-def test_ctrl_c_stops_an_answer_only(talker):
-    process = start("chat", talker, "--max-new-tokens", 1500)
-    process.stdin.write("Hello\n")
-    process.stdin.flush()
-    process.stdout.readline(), process.stdout.readline()
-    process.stdout.read(12)  # the answer has begun
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate("Again\n", timeout=120)
-    assert process.returncode == 0 and error == "", error[-3000:]
-    assert " ...\n" in output and output.count("\n> ") == 2
+def test_chat_answers_greedily_what_respond_does(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("load_gpt2.fast_dtype", lambda device: torch.float32)
+    base = long_base(tmp_path / "base")
+    model, tokenizer = load_gpt2(base)
+    add_lora(model, rank=2).eval()
+    torch.manual_seed(0)
+    randomise(model)
+    save_lora(model, tmp_path / "adapter", base)
+    expected = {}
+    for name, options in (("plain", []), ("adapted", ["--adapter", tmp_path / "adapter"])):
+        talking = load_gpt2(base)[0] if name == "plain" else merge_lora(model)
+        (expected[name],) = respond(talking, tokenizer, [{"instruction": "Hello"}], 20)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        args = [base, *options, "--temperature", 0, "--max-new-tokens", 20]
+        code, output, error = run(monkeypatch, capsys, "chat", *args)
+        assert (code, error) == (0, "")
+        assert expected[name] in output
+    assert expected["plain"] != expected["adapted"]
 
 
-def test_judge(monkeypatch, capsys, tmp_path):
-    replies = [
-        "70",
-        "Score: 90/100",
-        "Score: -5",
-        "<think>5 or 6</think>\n50.5",
-        "30",
-        "40",
-        None,
-        "60",
-    ]
-    asked = []
+def test_chat_fills_the_context_and_no_more(monkeypatch, capsys, talker):
+    prompt = Tokenizer([]).encode(format_prompt({"instruction": ""}))
+    room = 1000 - len(prompt)
+    for length, is_too_long in ((room - 3, False), (room, False), (room + 1, True)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("x" * length + "\n"))
+        code, output, error = run(monkeypatch, capsys, "chat", talker, "--max-new-tokens", 100)
+        assert (code, error) == (0, "")
+        assert ("too long" in output) == is_too_long
 
-    class Judge(Stub):
+
+def test_ctrl_c_stops_a_response_only(monkeypatch, capsys, talker):
+    """In this process, with a real signal after the third piece of a response that has no end."""
+    stream_text = finetune_py.load_gpt2.stream_text
+    n_pieces = []
+
+    def interrupted(*args, **options):
+        for n, piece in enumerate(stream_text(*args, **options), 1):
+            n_pieces.append(n)
+            yield piece
+            if n == 3 and len(n_pieces) == 3:  # in the first response only
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("load_gpt2.stream_text", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAgain\n"))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, output, error = run(monkeypatch, capsys, "chat", talker, "--max-new-tokens", 7)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (code, error) == (0, "")
+    assert output.count(" ...\n") == 1
+    assert output.count("\n> ") == 3
+    assert n_pieces == [1, 2, 3, *range(1, 9)]  # the second response is whole: 7 ids and the end
+
+
+def test_ctrl_c_at_the_prompt_asks_again(monkeypatch, capsys, talker):
+    class Lines(io.StringIO):
+        n_calls = 0
+
+        def readline(self, *args):
+            self.n_calls += 1
+            if self.n_calls == 1:
+                raise KeyboardInterrupt
+            return super().readline(*args)
+
+    monkeypatch.setattr(sys, "stdin", Lines("Hello\n"))
+    code, output, error = run(monkeypatch, capsys, "chat", talker, "--max-new-tokens", 3)
+    assert (code, error) == (0, "")
+    assert output.count("\n> ") == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Judge
+
+
+def judge_that_says(replies, asked):
+    class Judge(Handler):
         def do_POST(self):
-            asked.append(
-                (self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            )
-            reply = replies[len(asked) - 1]
-            self.send(
-                200,
-                json.dumps(
-                    {"choices": [{"message": {"role": "assistant", "content": reply}}]}
-                ).encode(),
-            )
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, self.headers["Authorization"], body))
+            message = {"role": "assistant", "content": replies[len(asked) - 1]}
+            self.send(200, json.dumps({"choices": [{"message": message}]}).encode())
 
-    server, url = serve(Judge)
-    rows = [ROW | {"response": f"Hi {i}.", "base_response": "No."} for i in range(4)]
+    return Judge
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_judge(monkeypatch, capsys, tmp_path, key):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    replies = ["70", "Score: 90/100", "Score: -5", "<think>5 or 6</think>\n50.5"]  # response
+    replies += ["30", "40", None, "60"]  # base_response
+    asked = []
+    rows = [ROW | {"response": f"Hi {i}.", "base_response": "No {0}."} for i in range(4)]
     (tmp_path / "r.json").write_text(json.dumps(rows))
-    code, output, error = run(
-        monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url + "/v1/", "--model", "m"
-    )
-    server.shutdown()
-    assert (
-        code == 0
-        and f"response: mean {210.5 / 3:.1f} of 3 scores" in output
-        and "base_response: mean 43.3 of 3" in output
-    )
-    assert "of 3 scores, 4 asked for" in output
-    path, body = asked[0]
-    assert path == "/v1/chat/completions" and body["model"] == "m" and body["temperature"] == 0
-    assert all(text in body["messages"][0]["content"] for text in ("Say hello.", "Hello.", "Hi 0."))
+    with serve(judge_that_says(replies, asked)) as url:
+        args = ["judge", tmp_path / "r.json", "--url", url + "/v1/", "--model", "m"]
+        code, output, error = run(monkeypatch, capsys, *args)
+    assert code == 0, error
+    lines = output.splitlines()
+    assert lines[0].startswith(f"response: mean score {210.5 / 3:.1f} of 3 ")
+    assert lines[1].startswith("base_response: mean score 43.3 of 3 ")
+    assert "of 4" in lines[0]
+    for i, (path, authorization, body) in enumerate(asked):
+        assert path == "/v1/chat/completions"
+        assert authorization == (f"Bearer {key}" if key else None)
+        assert (body["model"], body["temperature"]) == ("m", 0)
+        response = f"Hi {i}." if i < 4 else "No {0}."
+        (message,) = body["messages"]
+        assert all(text in message["content"] for text in ("Say hello.", "Hello.", response))
+
+
+@pytest.mark.parametrize("reply", ["", "none", "101", "-1", "5 or 6", "1e3", "<think>50"])
+def test_judge_counts_only_one_number_up_to_100(reply):
+    with serve(judge_that_says([reply], [])) as url:
+        assert finetune_py.ask_for_score(url, "m", "prompt") is None
+
+
+def test_judge_scores_empty_responses_too(monkeypatch, capsys, tmp_path):
+    asked = []
+    (tmp_path / "r.json").write_text(json.dumps([ROW | {"response": r} for r in ("Hi.", "")]))
+    with serve(judge_that_says(["80", "0"], asked)) as url:
+        code, output, error = run(monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url)
+    assert code == 0, error
+    assert "mean score 40.0 of 2" in output
+
+
+def test_judge_of_responses_that_are_not_scored(monkeypatch, capsys, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps([ROW | {"response": "Hi."}]))
+    with serve(judge_that_says(["I will not"], [])) as url:
+        code, _, error = run(monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url)
+    assert is_error(code, error) and url in error
+    code, _, error = run(monkeypatch, capsys, "judge", tmp_path / "none.json")
+    assert is_error(code, error) and "none.json" in error
 
 
 @pytest.mark.parametrize(
     "status, body",
-    [(500, b"{}"), (200, b"oops"), (200, b"[]"), (200, b'{"choices": []}'), (0, b"")],
+    [
+        (500, b"{}"),
+        (404, b'{"error": {"message": "model \'m\' not found"}}'),
+        (200, b"oops"),
+        (200, b"[]"),
+        (200, b'{"choices": []}'),
+        (0, b""),  # closes the connection
+    ],
 )
-def test_faults_of_the_judge_are_one_line(monkeypatch, capsys, tmp_path, status, body):
-    class Judge(Stub):
+def test_faults_of_the_server_are_one_line(monkeypatch, capsys, tmp_path, status, body):
+    class Judge(Handler):
         def do_POST(self):
             if status:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 self.send(status, body)
 
-    server, url = serve(Judge)
     (tmp_path / "r.json").write_text(json.dumps([ROW | {"response": "Hi."}]))
-    code, _, error = run(monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url)
-    server.shutdown()
-    assert (
-        code == 2
-        and error.startswith(f"error: {url}: ")
-        and error.count("\n") == 1
-        and "r.json, row 1" in error
-    )
+    with serve(Judge) as url:
+        code, _, error = run(monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url)
+    assert is_error(code, error), error
+    if status in (404, 500):
+        assert f"{url}/chat/completions" in error
+        assert f"{status}" in error and body.decode() in error
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def test_help_of_every_command(monkeypatch, capsys):
     commands = ("classify", "predict", "instruct", "judge", "chat")
     for command in commands:
         code, output, _ = run(monkeypatch, capsys, command, "--help")
-        assert code == 0 and "(default: " in output and "None" not in output
+        assert code == 0
+        assert "(default: " in output and "None" not in output
     code, output, _ = run(monkeypatch, capsys, "--help")
-    assert code == 0 and all(command in output for command in commands)
-    for args in (
+    assert code == 0
+    assert all(command in output for command in commands)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
         ["classify", "--lora"],
         ["classify", "--train", "all", "--lora-rank", "2"],
         ["classify", "--lora-rank", "-1"],
+        ["classify", "--lora-rank", "2", "--lora-targets", "c_attn", "c_bla"],
+        ["classify", "--epochs", "nan"],
+        ["classify", "--batch-size", "0"],
+        ["instruct", "--train", "all"],
         [],
         ["frobnicate"],
-    ):
-        code, _, error = run(monkeypatch, capsys, *args)
-        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    ],
+)
+def test_bad_options_are_one_line(monkeypatch, capsys, tmp_path, args):
+    if args[:1] == ["classify"]:
+        args = [*args, "--init", TINY, "--out", tmp_path / "out"]
+    code, _, error = run(monkeypatch, capsys, *args)
+    assert is_error(code, error), error
+    assert not list(tmp_path.iterdir())

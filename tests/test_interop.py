@@ -1,4 +1,7 @@
-"""What other programs write opens here, and what is written here opens there. Needs transformers and safetensors."""
+"""
+What other programs write opens here, and what is written here opens there. Needs transformers and
+safetensors.
+"""
 
 import os
 import random
@@ -7,16 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # read when transformers is imported: it shall not look for anything elsewhere
-)
+# Read when transformers is imported: it shall not look for anything on the network
+os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from gpt import GPT, GPTConfig, Tokenizer  # noqa: E402
-from load_gpt2 import DTYPES, load_gpt2, read_safetensors, save_gpt2, write_safetensors  # noqa: E402
 from test_load_gpt2 import mutate  # noqa: E402
 
+from gpt import GPT, GPTConfig, Tokenizer  # noqa: E402
+from load_gpt2 import (  # noqa: E402
+    DTYPES,
+    load_gpt2,
+    read_safetensors,
+    save_gpt2,
+    write_safetensors,
+)
+
+SOURCE = Path(__file__).read_text("utf-8")
 ODD_TEXTS = [
     "The old man went home.",
     "  two  spaces\n\nand lines\t\r\n",
@@ -28,29 +38,29 @@ ODD_TEXTS = [
 ]
 
 
-def random_model(tmp_path, vocab_size=50257, dtype=torch.float32, max_shard_size="5GB", **sizes):
-    """A GPT2LMHeadModel with numbers far from the usual start, so that every part shows in the logits"""
+def random_model(folder, vocab_size=1000, dtype=torch.float32, max_shard_size="5GB", **sizes):
+    """A GPT2LMHeadModel with weights so large that every part shows in the logits"""
     torch.manual_seed(0)
+    eot = vocab_size - 1
     config = transformers.GPT2Config(
-        vocab_size=vocab_size, bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1, **sizes
+        vocab_size=vocab_size, bos_token_id=eot, eos_token_id=eot, **sizes
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.08).add_(
-                1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-            )
-    model.to(dtype).save_pretrained(tmp_path, max_shard_size=max_shard_size)
+            is_gain = ".ln_" in name and name.endswith("weight")
+            parameter.normal_(std=0.08).add_(1.0 if is_gain else 0.0)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return model.to(dtype).float()
 
 
+SMALL = {"n_positions": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
 SHAPES = [
-    {"n_positions": 256, "n_layer": 2, "n_head": 4, "n_embd": 64},
-    {"n_positions": 250, "n_layer": 5, "n_head": 3, "n_embd": 96, "vocab_size": 50300},
-    {"n_positions": 1024, "n_layer": 3, "n_head": 1, "n_embd": 40, "vocab_size": 1000},
-    {"n_positions": 256, "n_layer": 1, "n_head": 12, "n_embd": 192, "max_shard_size": "5MB"},
-    {"n_positions": 256, "n_layer": 2, "n_head": 4, "n_embd": 64, "dtype": torch.bfloat16},
-    {"n_positions": 256, "n_layer": 2, "n_head": 4, "n_embd": 64, "dtype": torch.float16},
+    {"n_positions": 70, "n_layer": 5, "n_head": 3, "n_embd": 24, "vocab_size": 50300},
+    {"n_positions": 1024, "n_layer": 3, "n_head": 1, "n_embd": 40},
+    {"n_positions": 64, "n_layer": 1, "n_head": 12, "n_embd": 96, "max_shard_size": "300KB"},
+    SMALL | {"dtype": torch.bfloat16},
+    SMALL | {"dtype": torch.float16},
 ]
 
 
@@ -58,21 +68,18 @@ SHAPES = [
 def test_transformers_model_gives_the_same_here(tmp_path, shape):
     theirs = random_model(tmp_path, **shape)
     vocab_size = theirs.config.vocab_size
-    tokenizer = (
-        Tokenizer.train(Path(__file__).read_text("utf-8"), 500)
-        if vocab_size < 50257
-        else Tokenizer.gpt2()
-    )
+    small_vocab = vocab_size < 50257
+    tokenizer = Tokenizer.train(SOURCE, 400) if small_vocab else Tokenizer.gpt2()
     tokenizer.save(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists() == ("max_shard_size" in shape)
     ours, _ = load_gpt2(tmp_path)
-    ids = torch.randint(0, vocab_size, (2, 40))
+    ids = torch.randint(0, vocab_size, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
     expected = theirs.generate(
-        ids[:1], max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
-    )[0, 40:]
-    assert ours.generate([ids[0].tolist()], 200, temperature=0) == [expected.tolist()]
+        ids[:1], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 30:]
+    assert ours.generate([ids[0].tolist()], 30, temperature=0) == [expected.tolist()]
 
     # And back
     save_gpt2(ours, tokenizer, tmp_path / "ours")
@@ -86,62 +93,54 @@ def test_transformers_model_gives_the_same_here(tmp_path, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_saved_folder_opens_in_transformers(tmp_path, dtype):
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train(Path(__file__).read_text("utf-8"), 600)
-    model = GPT(
-        GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=2, n_embd=32)
-    ).eval()
-    save_gpt2(model, tokenizer, tmp_path, dtype=dtype)
+    tokenizer = Tokenizer.train(SOURCE, 500)
+    config = GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=2, n_embd=32)
+    save_gpt2(GPT(config).eval(), tokenizer, tmp_path, dtype=dtype)
+    model = load_gpt2(tmp_path)[0]
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
     )
-    assert theirs.dtype == dtype and not any(info.values())
-    ids = torch.randint(0, 600, (2, 30))
+    assert theirs.dtype == dtype
+    assert not any(info.values())
+    ids = torch.randint(0, 500, (2, 30))
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_gpt2(tmp_path)[0](ids), theirs.float()(ids).logits, atol=1e-5, rtol=1e-5
-        )
+        logits = theirs.float()(ids).logits
+        torch.testing.assert_close(model(ids), logits, atol=1e-5, rtol=1e-5)
 
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (
-        their_tokenizer.eos_token_id == tokenizer.eot
-        and len(their_tokenizer) == tokenizer.vocab_size
-    )
+    assert their_tokenizer.eos_token_id == tokenizer.eot
+    assert len(their_tokenizer) == tokenizer.vocab_size
     for text in ODD_TEXTS:
-        assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
-        assert (
-            their_tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False)
-            == text
-        )
+        ids = tokenizer.encode(text)
+        assert their_tokenizer(text)["input_ids"] == ids
+        assert their_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
-    generator = transformers.pipeline("text-generation", model=str(tmp_path), dtype=torch.float32)
-    (out,) = generator("def test", max_new_tokens=20, do_sample=False, return_full_text=False)
-    (expected,) = load_gpt2(tmp_path)[0].generate(
-        [tokenizer.encode("def test")], 20, temperature=0, eos_id=tokenizer.eot
-    )
-    assert out["generated_text"] == tokenizer.decode(expected)
+    prompt = tokenizer.encode("def test")
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    (expected,) = model.generate([prompt], 20, temperature=0, eos_id=tokenizer.eot)
+    assert out[0, len(prompt) :].tolist() == expected
 
 
 def test_gpt2_tokenizer_of_transformers(tmp_path):
-    """Their tokenizer.json, the only file that they save, and the files that we save, give the same ids"""
+    """Their tokenizer.json and our merges.txt and vocab.json give the same ids."""
     tokenizer = Tokenizer.gpt2()
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, config=transformers.GPT2Config())
     for text in ODD_TEXTS:
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
-    random_model(tmp_path / "theirs", n_positions=8, n_layer=1, n_head=1, n_embd=4)
+    sizes = {"n_positions": 8, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    random_model(tmp_path / "theirs", vocab_size=50257, **sizes)
     theirs.save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "theirs" / "tokenizer.json").exists()
     _, loaded = load_gpt2(tmp_path / "theirs")
-    assert loaded.vocab == tokenizer.vocab and loaded.merges == tokenizer.merges
+    assert loaded.vocab == tokenizer.vocab
+    assert loaded.merges == tokenizer.merges
 
 
 def test_tokenizer_that_was_trained_with_their_library(tmp_path):
     """Special tokens first, and only a tokenizer.json"""
-    trained = transformers.AutoTokenizer.from_pretrained(
-        save_tiny(tmp_path / "tiny")
-    ).train_new_from_iterator(
-        [Path(__file__).read_text("utf-8")], 700, new_special_tokens=["[PAD]"]
-    )
+    usual = transformers.AutoTokenizer.from_pretrained(save_tiny(tmp_path / "tiny"))
+    trained = usual.train_new_from_iterator([SOURCE], 700, new_special_tokens=["[PAD]"])
     random_model(tmp_path, vocab_size=len(trained), n_positions=8, n_layer=1, n_head=1, n_embd=4)
     trained.save_pretrained(tmp_path)
     _, tokenizer = load_gpt2(tmp_path)
@@ -155,40 +154,38 @@ def test_tokenizer_that_was_trained_with_their_library(tmp_path):
 
 
 def save_tiny(folder):
-    tokenizer = Tokenizer.train(Path(__file__).read_text("utf-8"), 300)
-    save_gpt2(
-        GPT(GPTConfig(300, context_length=8, n_layer=1, n_head=1, n_embd=4)), tokenizer, folder
-    )
+    model = GPT(GPTConfig(300, context_length=8, n_layer=1, n_head=1, n_embd=4))
+    save_gpt2(model, Tokenizer.train(SOURCE, 300), folder)
     return folder
 
 
-def test_their_tools_find_what_the_hub_half_has_cached(tmp_path, monkeypatch):
+def test_their_tools_find_what_is_in_the_cache(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     from test_download import COMMIT, TINY, Hub
 
     hub = Hub()
-    hub.publish("a/b", TINY)
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    load_gpt2("a/b")
-    hub.shutdown()
+    try:
+        hub.publish("a/b", TINY)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        ours = load_gpt2("a/b")[0]
+    finally:
+        hub.close()
     path = huggingface_hub.try_to_load_from_cache("a/b", "model.safetensors", cache_dir=tmp_path)
     assert path == str(tmp_path / "models--a--b" / "snapshots" / COMMIT / "model.safetensors")
     (repo,) = huggingface_hub.scan_cache_dir(tmp_path).repos
-    assert repo.repo_id == "a/b" and {
-        ref for revision in repo.revisions for ref in revision.refs
-    } == {"main"}
+    assert repo.repo_id == "a/b"
+    assert {ref for revision in repo.revisions for ref in revision.refs} == {"main"}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         "a/b", cache_dir=tmp_path, local_files_only=True
     )
     ids = torch.arange(10)[None]
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_gpt2("a/b")[0](ids), theirs(ids).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The safetensors library
 
 
@@ -201,26 +198,30 @@ def test_safetensors_library_reads_and_writes_the_same(tmp_path):
         back = read(tmp_path / path)
         assert back.keys() == tensors.keys()
         for name, tensor in tensors.items():
-            assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+            assert back[name].dtype == tensor.dtype
+            assert torch.equal(back[name], tensor)
 
 
 def test_safetensors_library_agrees_on_damaged_files(tmp_path):
     """What is accepted here is accepted there, with the same bytes."""
-    rng, path = random.Random(1), tmp_path / "x"
-    write_safetensors(
-        path, {f"h.{i}": torch.randn(3, 4).to(dtype) for i, dtype in enumerate(DTYPES.values())}
-    )
+    rng = random.Random(1)
+    path = tmp_path / "x"
+    tensors = {f"h.{i}": torch.randn(3, 4).to(dtype) for i, dtype in enumerate(DTYPES.values())}
+    write_safetensors(path, tensors)
     original = path.read_bytes()
-    for _ in range(1000):
+    n_read = 0
+    for _ in range(250):
         path.write_bytes(mutate(original, rng))
         try:
             ours = read_safetensors(path)
         except ValueError:
             continue
+        n_read += 1
         theirs = safetensors_torch.load_file(path)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
-            assert tensor.dtype == theirs[name].dtype and tensor.shape == theirs[name].shape
-            assert torch.equal(
-                tensor.flatten().view(torch.uint8), theirs[name].flatten().view(torch.uint8)
-            )
+            assert tensor.dtype == theirs[name].dtype
+            assert tensor.shape == theirs[name].shape
+            bits = [t.flatten().view(torch.uint8) for t in (tensor, theirs[name])]
+            assert torch.equal(*bits)
+    assert n_read > 25

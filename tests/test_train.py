@@ -1,103 +1,151 @@
-import json
+import csv
 import math
+import multiprocessing
+import os
+import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-
-import train as train_py
 from conftest import run_main
-from gpt import GPT, GPTConfig, Tokenizer, create_dataloader
-from load_gpt2 import load_gpt2
+
+import load_gpt2 as load_gpt2_py
+import train as train_py
+from gpt import GPT, GPTConfig, create_dataloader
+from load_gpt2 import load_gpt2, write_safetensors
 from train import (
+    PretrainConfig,
+    RunConfig,
     TrainConfig,
     create_optimizers,
-    data_fingerprint,
-    read_chunks,
-    read_losses,
+    read_checkpoint,
+    read_documents,
     read_tokens,
+    run_folder,
     scheduled_learning_rate,
-    tokenize,
+    shuffled_rows,
     train,
+    update,
 )
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "data" / "stories.txt"
-
 TINY = ROOT / "tests" / "tiny-gpt2"
 
-# A run of seconds: a tiny model, short windows, and float32, so that runs cut in different ways can be compared
-SHORT = [
-    *["--context-length", 16, "--steps", 12, "--eval-every", 4, "--eval-windows", 8],
-    *["--warmup", 2, "--dtype", "float32", "--batch-size", 8],
-]
+# A run of a tenth of a second: a tiny model, short windows, and float32 on the CPU, so that runs
+# that are cut in different ways can be compared
+SHORT = ["--device", "cpu", "--no-compile", "--dtype", "float32", "--context-length", 16]
+SHORT += ["--steps", 6, "--eval-every", 3, "--eval-windows", 8, "--warmup", 2, "--batch-size", 8]
 QUICK = ["--init", TINY, *SHORT]
-FRESH = ["--vocab-size", 300, *SHORT]  # with a vocabulary and a model of its own
 
+REAL_STREAM, REAL_PLOT = GPT.stream, train_py.plot_history
 
 run = partial(run_main, train_py)
 
 
-def start(*args, launcher=()):
-    """The same as a process of its own"""
-    command = [sys.executable, *launcher, ROOT / "train.py", *args]
-    return subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture(autouse=True)
+def small_and_quiet(monkeypatch, tmp_path):
+    """By default, runs have little text and a small model, write no samples and draw nothing."""
+    text = tmp_path / "text.txt"
+    text.write_text(STORIES.read_text("utf-8")[:5000], encoding="utf-8")
+    monkeypatch.setattr(train_py, "STORIES", text)
+    sizes = GPTConfig(300, context_length=16, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+    monkeypatch.setitem(train_py.MODELS, "nano", sizes)
+    monkeypatch.setattr(GPT, "stream", lambda *args, **options: iter(()))
+    monkeypatch.setattr(train_py, "plot_history", lambda *args: None)
+
+
+def read_losses(out):
+    with open(out / "losses.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows, name):
+    return [float(row[name]) for row in rows if row[name]]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def is_one_error(code, error):
+    return code == 1 and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.fixture
 def quick(monkeypatch, capsys, tmp_path):
-    """A function that trains for seconds on the stories -> rows of losses.csv"""
+    """A function that trains for a moment -> rows of losses.csv"""
 
     def go(name, *args, base=QUICK):
         code, _, error = run(monkeypatch, capsys, "--out", tmp_path / name, *base, *args)
-        assert code == 0, error
-        return read_losses(tmp_path / name / "losses.csv")
+        assert code == 0 and error == ""
+        return read_losses(tmp_path / name)
 
     return go
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def captured(monkeypatch, capsys, tmp_path):
+    """A function: command line -> what `train` would be given, and the first batches"""
+
+    def go(*args, base=QUICK):
+        given = {}
+
+        def fake_train(model, get_batch, val_loader, config, out, **others):
+            given.update(model=model, get_batch=get_batch, config=config, out=out)
+            batches = [*map(get_batch, range(3)), *val_loader]
+            given.update(batches=[x.tolist() for batch in batches for x in batch])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_py, "train", fake_train)
+            args = ["--out", tmp_path / "captured", *base, *args]
+            code, output, error = run(monkeypatch, capsys, *args)
+        assert code == 0, error
+        n_windows = int(re.search(r"([\d,]+) windows", output)[1].replace(",", ""))
+        return SimpleNamespace(**given, n_windows=n_windows)
+
+    return go
+
+
+# --------------------------------------------------------------------------------------------------
 # The schedule and the optimizer
 
 
 def test_schedule_at_its_corners():
     config = TrainConfig(steps=100, warmup=10, learning_rate=1.0)
-    assert scheduled_learning_rate(0, config) == pytest.approx(
-        0.1
-    )  # not 0, which would waste a step
+    assert scheduled_learning_rate(0, config) == pytest.approx(0.1)  # 0 would waste a step
     assert scheduled_learning_rate(9, config) == scheduled_learning_rate(10, config) == 1.0
     assert scheduled_learning_rate(55, config) == pytest.approx(0.55)  # half way down
     assert scheduled_learning_rate(100, config) == pytest.approx(0.1)
     assert scheduled_learning_rate(1000, config) == pytest.approx(0.1)  # and not up again
     assert scheduled_learning_rate(0, TrainConfig(warmup=0, learning_rate=1.0)) == 1.0
-    assert scheduled_learning_rate(
-        3, TrainConfig(steps=3, warmup=5, learning_rate=1.0)
-    ) == pytest.approx(0.8)
+    short = TrainConfig(steps=3, warmup=5, learning_rate=1.0)
+    assert scheduled_learning_rate(3, short) == pytest.approx(0.8)
     rates = [scheduled_learning_rate(step, config) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
 
 
-def test_weight_decay_on_matrices_only():
+def test_weight_decay_is_for_matrices_only():
     model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=2, n_head=1, n_embd=8))
     names = {parameter: name for name, parameter in model.named_parameters()}
     (adamw,) = create_optimizers(model, TrainConfig(weight_decay=0.3))
     decayed, others = adamw.param_groups
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
-    assert all(
-        names[p].split(".")[-2] in ("wte", "wpe", "c_attn", "c_proj", "c_fc")
-        for p in decayed["params"]
-    )
+    layers = ("wte", "wpe", "c_attn", "c_proj", "c_fc")
+    assert all(names[p].split(".")[-2] in layers for p in decayed["params"])
     assert all(names[p].endswith("bias") or ".ln_" in "." + names[p] for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(names)
     adamw, muon = create_optimizers(model, TrainConfig(weight_decay=0.3, optimizer="muon"))
@@ -109,19 +157,20 @@ def test_weight_decay_on_matrices_only():
     assert of_adamw[0] == ["wte.weight", "wpe.weight"] and len(of_adamw[1]) == len(others["params"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+def test_muon_without_a_matrix_in_a_block_is_refused():
+    model = GPT(TOY)
+    model.h.requires_grad_(False)
+    with pytest.raises(ValueError, match="muon"):
+        create_optimizers(model, TrainConfig(optimizer="muon"))
+    with pytest.raises(ValueError, match="muon"):
+        create_optimizers(torch.nn.Linear(2, 2), TrainConfig(optimizer="muon"))
+    assert len(create_optimizers(model, TrainConfig())) == 1
 
 
-def newton_schulz(x):
-    """Muon's: five steps that bring all singular values near 1, in bfloat16 (Jordan 2024)"""
-    y = x.bfloat16()
-    y = y.T if len(y) > y.size(1) else y
-    y = y / y.norm()
-    for _ in range(5):
-        gram = y @ y.T
-        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return (y if y.shape == x.shape else y.T).float()
+# --------------------------------------------------------------------------------------------------
+# The loop, on a toy: it knows nothing of texts
+
+TOY = GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16)
 
 
 def toy_rows():
@@ -135,41 +184,121 @@ def toy_rows():
     return rows
 
 
-def toy_losses(out, micro_batch_size, **settings):
+def stack(rows):
+    return [torch.stack(tensors) for tensors in zip(*rows)]
+
+
+def toy_order(epoch):
+    return np.random.default_rng([0, epoch]).permutation(16)
+
+
+def toy_batch(step):
+    rows = toy_rows()
+    return stack([rows[i] for i in shuffled_rows(step, 16, 6, toy_order)])
+
+
+def toy_run(out, *, get_batch=toy_batch, dropout=0.0, val_loader=None, **settings):
+    """Train the toy, or go on with it. -> the signal that stopped it, or None"""
+    settings = {"steps": 10, "eval_every": 5, "grad_clip": 0.5, **settings}
+    config = RunConfig(batch_size=6, dtype="float32", warmup=0, device="cpu", **settings)
+    out.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16))
-    config = TrainConfig(
-        batch_size=8,
-        dtype="float32",
-        warmup=0,
-        **{"steps": 10, "eval_every": 5, "grad_clip": 0.5} | settings,
-    )
-    loaders = [
-        create_dataloader(toy_rows(), micro_batch_size, shuffle=shuffle)
-        for shuffle in (True, False)
-    ]
-    out.mkdir()
-    train(model, *loaders, config, out, save=lambda: None)
-    return [
-        [float(row[name]) for row in read_losses(out / "losses.csv") if row[name]]
-        for name in ("train_loss", "val_loss")
-    ]
+    model = GPT(GPTConfig(**vars(TOY) | {"dropout": dropout}))
+    kept, checkpoint = read_checkpoint(out, config, "the toy")
+    return train(
+        model, toy_batch if get_batch is None else get_batch,
+        val_loader or create_dataloader(toy_rows(), 3), config, out,
+        save=lambda: write_safetensors(out / "model.safetensors", model.state_dict()),
+        settings=kept, checkpoint=checkpoint,
+    )  # fmt: skip
 
 
-def test_the_loss_does_not_depend_on_how_a_batch_is_cut(tmp_path):
-    whole, whole_val = toy_losses(tmp_path / "8", 8)
-    for size in (4, 2, 1):
-        cut, cut_val = toy_losses(tmp_path / str(size), size)
-        assert cut == pytest.approx(whole, rel=1e-5) and cut_val == pytest.approx(
-            whole_val, rel=1e-5
-        )
+def mean_loss(model, ids, targets):
+    """Cross-entropy, written out"""
+    kept = targets != -100
+    log_probs = model(ids).log_softmax(-1)
+    return -log_probs[kept].gather(-1, targets[kept][:, None]).mean()
 
 
-@pytest.mark.parametrize("name, peak", [("adamw", 1e-3), ("muon", 5e-2)])
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+def test_rows_of_a_step_follow_each_other_through_the_epochs():
+    expected = [row for epoch in range(3) for row in toy_order(epoch).tolist()]
+    rows = [row for step in range(8) for row in shuffled_rows(step, 16, 6, toy_order)]
+    assert rows == expected
+    assert shuffled_rows(5, 16, 6, toy_order) == rows[30:36]  # no step depends on earlier ones
+    with pytest.raises(ValueError, match="a batch of 5 rows is more than the 2"):
+        shuffled_rows(0, 2, 5, lambda epoch: [epoch, 7])
+
+
+@pytest.mark.parametrize("size", [None, 16, 5, 4, 1])
+def test_an_update_does_not_depend_on_micro_batches(size):
+    batch = stack(toy_rows())
+    torch.manual_seed(0)
+    model = GPT(TOY)
+    expected = mean_loss(model, *batch)
+    expected.backward()
+    whole = gradients(model)
+    for clip in (1e9, whole.norm().item() / 3):
+        model.zero_grad()
+        config = TrainConfig(micro_batch_size=size, grad_clip=clip)
+        loss, norm = update(model, [], 0.1, batch, config, NO_AUTOCAST)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert norm == pytest.approx(whole.norm().item(), rel=1e-5)  # before it is clipped
+        scale = min(1, clip / whole.norm().item())
+        assert torch.allclose(gradients(model), whole * scale, atol=1e-6)
+
+
+def test_shares_of_processes_make_up_the_whole(monkeypatch):
+    """Each process has some rows; their losses add up, and the mean of the gradients is right."""
+    batch = [x[:7] for x in stack(toy_rows())]
+    torch.manual_seed(0)
+    model = GPT(TOY)
+    n_not_synced = 0
+
+    def no_sync():
+        nonlocal n_not_synced
+        n_not_synced += 1
+        return nullcontext()
+
+    model.no_sync = no_sync
+    expected = mean_loss(model, *batch)
+    expected.backward()
+    whole = gradients(model)
+    losses, parts = [], []
+    config = TrainConfig(micro_batch_size=1, grad_clip=1e9)
+    for rank in range(3):
+        monkeypatch.setattr(train_py, "process_rank", lambda rank=rank: (rank, 3))
+        model.zero_grad()
+        losses.append(update(model, [], 0.1, batch, config, NO_AUTOCAST)[0])
+        parts.append(gradients(model))
+    assert sum(losses) == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(sum(parts) / 3, whole, atol=1e-6)
+    assert n_not_synced == 7 - 3  # all but the last micro-batch of each process
+
+
+def newton_schulz(x):
+    """Muon's: five steps that bring all singular values near 1, in bfloat16 (Jordan 2024)"""
+    y = x.bfloat16()
+    y = y.T if len(y) > y.size(1) else y
+    y = y / y.norm()
+    for _ in range(5):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    return (y if y.shape == x.shape else y.T).float()
+
+
+@pytest.mark.parametrize("name, peak", [("adamw", 1e-3), ("muon", 2e-2)])
 def test_losses_are_those_of_a_loop_written_out(tmp_path, name, peak):
-    losses, val_losses = toy_losses(tmp_path / "out", 2, optimizer=name, learning_rate=peak)
+    toy_run(tmp_path / "out", micro_batch_size=4, optimizer=name, learning_rate=peak)
+    result = read_losses(tmp_path / "out")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=20, context_length=8, n_layer=1, n_head=2, n_embd=16))
+    model = GPT(TOY)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     muon = [p for p in model.h.parameters() if p.dim() == 2] if name == "muon" else []
     groups = [
@@ -178,527 +307,611 @@ def test_losses_are_those_of_a_loop_written_out(tmp_path, name, peak):
     ]
     optimizer, momenta = torch.optim.AdamW(groups, betas=(0.9, 0.95)), [0] * len(muon)
     rows = toy_rows()
-
-    def mean_loss(chosen):
-        logits = model(torch.stack([ids for ids, _ in chosen]))
-        targets = torch.stack([targets for _, targets in chosen])
-        kept = targets != -100
-        return -logits.log_softmax(-1)[kept].gather(-1, targets[kept][:, None]).mean()
-
-    expected, expected_val = [], [mean_loss(rows).item()]
+    order = [i for epoch in range(4) for i in toy_order(epoch)]
+    losses, val_losses = [], [mean_loss(model, *stack(rows)).item()]
     for step in range(10):
-        order = np.random.default_rng([0, step // 2]).permutation(16)
-        loss = mean_loss([rows[i] for i in order[8 * (step % 2) : 8 * (step % 2) + 8]])
+        loss = mean_loss(model, *stack([rows[i] for i in order[6 * step : 6 * step + 6]]))
         optimizer.zero_grad()
         loss.backward()
-        length = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
+        norm = math.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
         for p in model.parameters():
-            p.grad *= min(1, 0.5 / length)
+            p.grad *= min(1, 0.5 / norm)
         lr = peak * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         for i, p in enumerate(muon):
             momenta[i] = 0.95 * momenta[i] + 0.05 * p.grad
-            update = newton_schulz(0.05 * p.grad + 0.95 * momenta[i])
-            p.data = p.data * (1 - lr * 0.1) - lr * 0.2 * math.sqrt(max(p.shape)) * update
-        expected.append(loss.item())
+            change = newton_schulz(0.05 * p.grad + 0.95 * momenta[i])
+            p.data = p.data * (1 - lr * 0.1) - lr * 0.2 * math.sqrt(max(p.shape)) * change
+        losses.append(loss.item())
         if step in (4, 9):
-            expected_val.append(mean_loss(rows).item())
-    rel = (
-        1e-5 if name == "adamw" else 2e-3
-    )  # bfloat16 rounds otherwise where products and sums come in another order
-    assert losses == pytest.approx(expected, rel=rel) and val_losses == pytest.approx(
-        expected_val, rel=rel
-    )
+            val_losses.append(mean_loss(model, *stack(rows)).item())
+    # bfloat16 rounds otherwise where products and sums come in another order
+    rel = 1e-5 if name == "adamw" else 1e-2
+    assert column(result, "train_loss") == pytest.approx(losses, rel=rel)
+    assert column(result, "val_loss") == pytest.approx(val_losses, rel=rel)
+    assert [row["step"] for row in result if row["val_loss"]] == ["0", "5", "10"]
     if name == "muon":
-        assert losses != pytest.approx(
-            toy_losses(tmp_path / "adamw", 2, learning_rate=peak)[0], rel=rel
-        )
+        toy_run(tmp_path / "adamw", learning_rate=peak)
+        assert column(read_losses(tmp_path / "adamw"), "train_loss") != pytest.approx(losses, rel)
 
 
-def test_gradients_are_clipped_as_a_whole_step(tmp_path):
-    """A clip that bites changes the run; it would bite differently on parts of a batch (test above has it on)"""
-    assert (
-        toy_losses(tmp_path / "a", 8, grad_clip=0.1)[0]
-        != toy_losses(tmp_path / "b", 8, grad_clip=100.0)[0]
-    )
+def test_the_best_weights_stay_when_later_ones_are_worse(tmp_path):
+    toy_run(tmp_path, learning_rate=3.0, grad_clip=1e9, eval_every=2)
+    losses = column(read_losses(tmp_path), "val_loss")
+    assert min(losses) < losses[-1]
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["best_loss"] == min(losses) and state["step"] == 10
+    best = load_gpt2_py.read_safetensors(tmp_path / "model.safetensors")
+    model = GPT(TOY)
+    model.load_state_dict(best)
+    assert mean_loss(model, *stack(toy_rows())).item() == pytest.approx(min(losses), rel=1e-5)
+    assert not torch.equal(best["wte.weight"], state["model"]["wte.weight"])
 
 
-@pytest.mark.parametrize("batch_size, micro_batch_size", [(8, 3), (4, 8)])
-def test_a_batch_that_does_not_divide_is_refused(
-    monkeypatch, capsys, tmp_path, batch_size, micro_batch_size
-):
-    sizes = ["--batch-size", batch_size, "--micro-batch-size", micro_batch_size]
-    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, *sizes)
-    assert code == 2 and error == (
-        f"error: a batch of {batch_size} rows does not divide into micro-batches of {micro_batch_size} for 1 process(es)\n"
-    )
+def test_report_adds_columns_and_tokens_per_second_count_all_rows(tmp_path, monkeypatch, capsys):
+    ticks = count()
+    monkeypatch.setattr(train_py.time, "perf_counter", lambda: next(ticks))  # a step is a second
+    model = GPT(TOY)
+    config = TrainConfig(steps=4, batch_size=6, micro_batch_size=2, eval_every=4, dtype="float32")
+    val_loader = create_dataloader(toy_rows(), 16)
+    numbers = count()
+    train(
+        model, toy_batch, val_loader, config, tmp_path,
+        save=lambda: None, report=lambda: {"accuracy": next(numbers)},
+    )  # fmt: skip
+    assert [row["accuracy"] for row in read_losses(tmp_path)] == ["0", "", "", "", "1"]
+    assert "| 48 tokens/s |" in capsys.readouterr().out  # 6 rows of 8 tokens
 
 
-def test_two_processes_do_what_one_does(monkeypatch, capsys, quick, tmp_path):
-    one = quick("one", "--dropout", 0.1, "--micro-batch-size", 4)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(
-        "--out",
-        tmp_path / "two",
-        *QUICK,
-        "--dropout",
-        0.1,
-        "--micro-batch-size",
-        4,
-        launcher=launcher,
-    )
-    output, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    two = read_losses(tmp_path / "two" / "losses.csv")
-    assert len(one) == len(two) == 13
+# --------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+SAME = ("losses.csv", "model.safetensors")
+STOPPABLE = {"steps": 4, "eval_every": 2, "dropout": 0.2, "optimizer": "muon"}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_at_any_moment_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    """Every file comes by a rename: kill the run before the first of them, the second, ..."""
+    toy_run(tmp_path / "whole", **STOPPABLE)
+    real_replace = os.replace
+    for n in count():
+        out = tmp_path / f"killed-{n}"
+        n_left = n
+
+        def replace(*args):
+            nonlocal n_left
+            n_left -= 1
+            if n_left < 0:
+                raise Killed
+            real_replace(*args)
+
+        monkeypatch.setattr(os, "replace", replace)
+        try:
+            toy_run(out, **STOPPABLE)
+        except Killed:
+            monkeypatch.setattr(os, "replace", real_replace)
+            for name in ("resume.pt.part", "model.safetensors.part", "losses.csv.part"):
+                (out / name).write_bytes(b"half")  # a real kill leaves it behind
+            toy_run(out, **STOPPABLE)
+        else:
+            break
+        for name in SAME:
+            expected = (tmp_path / "whole" / name).read_bytes()
+            assert (out / name).read_bytes() == expected, f"{name}, killed before rename {n}"
+    assert n >= 2 + 3 * 2  # state and losses at the start; and at the validations, weights at one
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_run_stopped_in_any_step_goes_on_to_the_same_end(tmp_path, stop):
+    """Also in a step before a validation"""
+    toy_run(tmp_path / "whole", **STOPPABLE)
+    number = (signal.SIGINT, signal.SIGTERM)[stop % 2]
+
+    def get_batch(step):
+        if step == stop:
+            os.kill(os.getpid(), number)
+        return toy_batch(step)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    stopped_by = toy_run(tmp_path / "cut", get_batch=get_batch, **STOPPABLE)
+    assert stopped_by == (None if stop == 3 else number)  # there is nothing left to stop
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    state = torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)
+    assert state["step"] == stop + 1  # the step is finished and saved
+    assert toy_run(tmp_path / "cut", **STOPPABLE) is None
+    for name in SAME:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path):
+    def get_batch(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still there")
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(tmp_path, get_batch=get_batch)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == 0
+
+
+def test_the_state_is_saved_before_the_first_validation(tmp_path):
+    class Failing:
+        def __iter__(self):
+            raise Killed
+
+    with pytest.raises(Killed):
+        toy_run(tmp_path, val_loader=Failing())
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["step"] == 0 and state["settings"]["batch_size"] == 6
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def command(args, log, environment, stop):
+    """python train.py ARGS, in a process that has the imports already. stop: (step, signal)"""
+    os.environ.update(environment)
+    for number, end in [(1, "out"), (2, "err")]:
+        with open(f"{log}.{end}", "wb") as file:
+            os.dup2(file.fileno(), number)
+    GPT.stream = lambda *args, **options: iter(())
+    sys.modules["matplotlib.figure"] = None  # as if it was not installed
+    clip = torch.nn.utils.clip_grad_norm_
+    steps = count(1)
+
+    def clip_and_stop(*args):
+        if stop and next(steps) == stop[0]:
+            os.kill(os.getpid(), stop[1])
+        return clip(*args)
+
+    torch.nn.utils.clip_grad_norm_ = clip_and_stop
+    sys.argv = ["train.py", *map(str, args)]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A function that starts the command. Its process is forked from one that waits for that."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    forks = multiprocessing.get_context("forkserver")
+    # The first step of an optimizer imports torch._dynamo, which takes seconds
+    forks.set_forkserver_preload([__name__, "torch._dynamo"])
+    processes = []
+
+    def start(*args, stop=None, **environment):
+        log = tmp_path / f"log-{len(processes)}"
+        process = forks.Process(target=command, args=(args, log, environment, stop))
+        process.start()
+        process.log = log
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join(10)
+
+
+def finish(process):
+    """-> exit code, standard output and error"""
+    process.join(30)
+    return (process.exitcode, *(Path(f"{process.log}.{end}").read_text() for end in ("out", "err")))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_the_same_command_goes_on_after_kill_and_signals(start, quick, tmp_path):
+    args = ["--steps", 24, "--dropout", 0.1, "--eval-every", 6, "--optimizer", "muon"]
+    args += ["--text", tmp_path / "text.txt"]
+    quick("whole", *args)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    step = 0
+    for n_steps, number, code in [
+        (9, signal.SIGKILL, -9),
+        (4, signal.SIGINT, 130),
+        (5, signal.SIGTERM, 143),
+        (0, None, 0),
+    ]:
+        process = start("--out", cut, *QUICK, *args, stop=(n_steps, number))
+        result, output, error = finish(process)
+        assert (result, error) == (code, "")
+        if step:
+            assert f"going on from step {step}" in output
+        if number == signal.SIGKILL:  # steps after the last validation are lost
+            step = 6
+            assert Path(f"{cut}.lock").exists()
+        else:
+            step += n_steps
+            assert ("the same command goes on" in output.splitlines()[-1]) == (number is not None)
+            assert not list(tmp_path.glob("*.lock"))
+        assert len(read_losses(cut)) == (step if number else 24) + 1
+    for name in (*SAME, "config.json", "merges.txt", "vocab.json"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+
+
+def test_two_processes_have_the_losses_of_one(quick, start, monkeypatch, capsys, tmp_path):
+    args = ["--batch-size", 7, "--micro-batch-size", 2, "--dropout", 0]
+    args += ["--text", tmp_path / "text.txt"]
+    one = quick("one", *args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        start("--out", tmp_path / "two", *QUICK, *args, RANK=rank, LOCAL_RANK=rank, **torchrun)
+        for rank in ("0", "1")
+    ]
+    (code, output, error), (code_1, output_1, _) = map(finish, processes)
+    assert code == code_1 == 0, error
+    assert "step     6/6 | loss" in output and output_1 == ""  # only one of them speaks
+    two = read_losses(tmp_path / "two")
     for name in ("train_loss", "val_loss"):
-        a, b = ([float(row[name]) for row in rows if row[name]] for rows in (one, two))
-        assert a == pytest.approx(b, rel=1e-5)
-    assert output.count("step    12/12") == 1  # only one of them speaks
-    # and one process can go on with what two began
-    assert run(monkeypatch, capsys, "--resume", tmp_path / "two", "--steps", 16)[0] == 0
-    assert len(read_losses(tmp_path / "two" / "losses.csv")) == 17
+        assert column(one, name) == pytest.approx(column(two, name), rel=1e-5)
+    # One process can go on with what two began
+    rows = quick("two", *args, "--steps", 8)
+    assert rows[:7] == two and len(rows) == 9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_finished_run_says_so_and_trains_nothing(monkeypatch, capsys, quick, tmp_path):
+    out = tmp_path / "out"
+    quick("out")
+    before = contents(out)
+
+    def fail(*args):
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py, "update", fail)
+        patch.setattr(train_py, "evaluate", fail)
+        code, output, error = run(patch, capsys, "--out", out, *QUICK)
+    assert (code, error) == (0, "") and "finished at step 6" in output
+    assert contents(out) == before
+
+
+def test_a_run_goes_on_with_more_steps_and_other_means(monkeypatch, capsys, quick, tmp_path):
+    """--steps may grow; device, compilation, micro-batches and the place of the data may differ."""
+    may_change = {f.name for f in fields(PretrainConfig) if f.metadata["may_change"]}
+    assert may_change == {
+        *("steps", "micro_batch_size", "device", "compile", "out", "overwrite", "text", "bin")
+    }
+    before = quick("out")
+    moved = (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    args = ["--text", moved, "--steps", 9, "--micro-batch-size", 3, "--compile"]
+    code, output, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, *args)
+    assert (code, error) == (0, "") and "going on from step 6" in output
+    rows = read_losses(tmp_path / "out")
+    assert rows[:7] == before and len(rows) == 10 and rows[9]["val_loss"]
+    load_gpt2(tmp_path / "out")  # compiled weights have their usual names
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--learning-rate", 0.002], "--learning-rate was 0.001 and is 0.002"),
+        (["--optimizer", "muon"], "--optimizer was adamw"),
+        (["--dropout", 0.3], "--dropout was None"),
+        (["--prompt", "The"], "--prompt was One day"),
+        (["--text", "{}/other.txt"], "the data or the vocabulary has changed"),
+    ],
+)
+def test_other_settings_are_refused_by_name(monkeypatch, capsys, quick, tmp_path, args, message):
+    out = tmp_path / "out"
+    quick("out", "--steps", 1)
+    (tmp_path / "other.txt").write_text(STORIES.read_text("utf-8")[:4990], encoding="utf-8")
+    args = [str(arg).replace("{}", str(tmp_path)) for arg in args]
+    before = contents(out)
+    code, _, error = run(monkeypatch, capsys, "--out", out, *QUICK, *args)
+    assert is_one_error(code, error) and message in error and "--overwrite" in error
+    assert contents(out) == before and not Path(f"{out}.lock").exists()
+    assert len(quick("out", *args, "--overwrite", "--steps", 2)) == 3
+    assert len(quick("out", *args, "--steps", 3)) == 4  # the folder is now that of the new run
+
+
+def test_a_folder_that_holds_something_else_is_refused(monkeypatch, capsys, quick, tmp_path):
+    out = tmp_path / "out"
+    quick("out", "--steps", 1)
+    state = torch.load(out / "resume.pt", weights_only=True)
+    settings = {"data": "messages.tsv", "learning_rate": 0.001}  # a run of finetune.py
+    torch.save(state | {"settings": settings}, out / "resume.pt")
+    code, _, error = run(monkeypatch, capsys, "--out", out, *QUICK)
+    assert is_one_error(code, error) and "--overwrite" in error
+    (out / "resume.pt").unlink()
+    before = contents(out)
+    code, _, error = run(monkeypatch, capsys, "--out", out, *QUICK)
+    assert is_one_error(code, error) and "holds a model" in error and "--overwrite" in error
+    assert contents(out) == before
+    assert len(quick("out", "--overwrite")) == 7
+
+
+def test_a_damaged_state_is_one_line(monkeypatch, capsys, quick, tmp_path):
+    out = tmp_path / "out"
+    quick("out", "--steps", 1)
+    whole = (out / "resume.pt").read_bytes()
+    state = torch.load(out / "resume.pt", weights_only=True)
+    wrong = [{"history": []}, {"step": 9}, {"step": "1"}, {"settings": None}, {"model": None}]
+    wrong += [{"optimizers": [{}]}, {"optimizers": []}]
+    states = [state | change for change in wrong]
+    states += [{key: state[key] for key in state if key != missing} for missing in state]
+    for damaged in [b"not a checkpoint", b"", whole[:-1000], *states]:
+        if isinstance(damaged, bytes):
+            (out / "resume.pt").write_bytes(damaged)
+        else:
+            torch.save(damaged, out / "resume.pt")
+        code, _, error = run(monkeypatch, capsys, "--out", out, *QUICK)
+        assert is_one_error(code, error) and str(out / "resume.pt") in error
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--learning-rate", "nan"],
+        ["--text", "{}/missing.txt"],
+        ["--vocab-size", 100, "--init", ""],
+        ["--prompt", "word " * 200],
+        ["--context-length", 49],
+    ],
+)
+def test_overwriting_waits_until_the_new_run_can_begin(monkeypatch, capsys, quick, tmp_path, args):
+    quick("out", "--steps", 1)
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(GPT, "stream", REAL_STREAM)
+    args = [str(arg).replace("{}", str(tmp_path)) for arg in args]
+    args = ["--out", tmp_path / "out", "--overwrite", *QUICK, *args]
+    code, _, error = run(monkeypatch, capsys, *args)
+    assert is_one_error(code, error) and contents(tmp_path / "out") == before
+
+
+def test_two_runs_do_not_share_a_folder(monkeypatch, capsys, quick, tmp_path):
+    out = tmp_path / "new" / "out"
+    with run_folder(out):
+        for args in ([], ["--overwrite"]):
+            code, _, error = run(monkeypatch, capsys, "--out", out, *QUICK, *args)
+            assert is_one_error(code, error) and "another run" in error
+            assert out.is_dir()  # the first run needs it
+    assert not out.exists() and not list(tmp_path.rglob("*.lock"))
+    Path(f"{tmp_path / 'out'}.lock").touch()  # left by a killed run
+    quick("out", "--steps", 1)
+    assert (tmp_path / "out").is_dir() and not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out"
+    args = [*QUICK, "--learning-rate", 1e30, "--grad-clip", 1e30]
+    code, _, error = run(monkeypatch, capsys, "--out", out, *args)
+    assert is_one_error(code, error) and "loss" in error and "last good state" in error
+    state = torch.load(out / "resume.pt", weights_only=True)
+    assert state["step"] == 0 and torch.isfinite(state["model"]["wte.weight"]).all()
+    model, _ = load_gpt2(out)
+    assert all(torch.equal(p, state["model"][name]) for name, p in model.named_parameters())
+    assert not list(tmp_path.glob("*.lock"))
+
+
+# --------------------------------------------------------------------------------------------------
 # A run as a whole
 
 
-def test_a_run_leaves_a_folder_that_opens(quick, tmp_path, capsys):
-    rows = quick("out", "--steps", 40, "--eval-every", 20, "--learning-rate", 3e-3, base=FRESH)
+def test_a_run_leaves_a_folder_that_opens(monkeypatch, quick, tmp_path, capsys):
+    monkeypatch.setattr(train_py, "plot_history", REAL_PLOT)
+    settings = ["--vocab-size", 300, "--steps", 40, "--eval-every", 20, "--learning-rate", 1e-2]
+    rows = quick("out", *SHORT, *settings, base=[])
     assert [int(row["step"]) for row in rows] == list(range(41))
     val_losses = {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
     assert list(val_losses) == [0, 20, 40]
-    assert (
-        val_losses[0] == pytest.approx(math.log(300), abs=0.2)
-        and val_losses[40] < val_losses[0] - 1
-    )
+    assert val_losses[0] == pytest.approx(math.log(300), abs=0.2)
+    assert val_losses[40] < val_losses[0] - 0.5
     names = {path.name for path in (tmp_path / "out").iterdir()} - {"losses.png"}
-    assert names == {
+    folder = {
         "config.json",
         "model.safetensors",
         "merges.txt",
         "vocab.json",
-        "losses.csv",
-        "resume.pt",
+        "tokenizer_config.json",
     }
+    assert names == folder | {"losses.csv", "resume.pt"}
     model, tokenizer = load_gpt2(tmp_path / "out")
-    assert (
-        model.config.vocab_size == tokenizer.vocab_size == 300 and model.config.context_length == 16
-    )
+    assert model.config.vocab_size == tokenizer.vocab_size == 300
+    assert model.config.context_length == 16
     # The folder holds the weights with the best validation loss: measured again, they give it
-    ids = tokenizer.encode(STORIES.read_text("utf-8")) + [tokenizer.eot]
+    ids = tokenizer.encode((tmp_path / "text.txt").read_text("utf-8")) + [tokenizer.eot]
     ids = ids[-(len(ids) // 10) :]
     stride, last = max(16, math.ceil(len(ids) / 8)), len(ids) - 17
     total, counted = 0.0, set()
     for i in range(1 + math.ceil(last / stride)):
-        start = min(i * stride, last)
+        begin = min(i * stride, last)
         with torch.no_grad():
-            log_probs = model(torch.tensor([ids[start : start + 16]]))[0].log_softmax(-1)
-        for place in {*range(start + 1, start + 17)} - counted:
-            total -= log_probs[place - start - 1, ids[place]].item()
+            log_probs = model(torch.tensor([ids[begin : begin + 16]]))[0].log_softmax(-1)
+        for place in {*range(begin + 1, begin + 17)} - counted:
+            total -= log_probs[place - begin - 1, ids[place]].item()
             counted.add(place)
     assert total / len(counted) == pytest.approx(min(val_losses.values()), abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_losses_are_the_same(quick):
-    one, other = (quick(device, "--device", device, "--no-compile") for device in ("cpu", "cuda"))
+    one, other = (quick(device, "--device", device) for device in ("cpu", "cuda"))
     for name in ("train_loss", "val_loss"):
-        a, b = ([float(row[name]) for row in rows if row[name]] for rows in (one, other))
-        assert a == pytest.approx(b, rel=1e-3)
+        assert column(one, name) == pytest.approx(column(other, name), rel=1e-3)
 
 
-def test_the_best_weights_stay_when_later_ones_are_worse(quick, tmp_path):
-    rows = quick("out", "--steps", 24, "--learning-rate", 3, "--grad-clip", 1000)
-    losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
-    assert min(losses) < losses[-1]
-    state = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)
-    assert state["best_loss"] == min(losses) and state["step"] == 24
-    best = load_gpt2(tmp_path / "out")[0].state_dict()
-    assert not torch.equal(best["wte.weight"], state["model"]["wte.weight"])
+def test_init_starts_from_the_weights_of_a_folder(quick, monkeypatch, tmp_path):
+    first = quick("first", *SHORT, "--learning-rate", 1e-2, base=[])
+    monkeypatch.setitem(train_py.MODELS, "nano", None)  # its sizes are not asked for
+    again = quick("second", *SHORT, "--steps", 1, "--init", tmp_path / "first", base=[])
+    best = min(column(first, "val_loss"))
+    assert float(again[0]["val_loss"]) == pytest.approx(best, rel=1e-6)
+    model, tokenizer = load_gpt2(tmp_path / "second")
+    base, base_tokenizer = load_gpt2(tmp_path / "first")
+    assert model.config == base.config and tokenizer.vocab == base_tokenizer.vocab
 
 
 def test_progress_and_samples_are_shown(monkeypatch, capsys, tmp_path):
-    code, out, error = run(
-        monkeypatch, capsys, "--out", tmp_path / "out", *QUICK, "--prompt", "The door"
-    )
-    assert code == 0 and error == ""
-    assert out.count("    The door") == 4
-    assert "step     4/12 | loss " in out and " tokens/s | 0:00:00 left | val " in out
-    assert "load_gpt2.py" in out.splitlines()[-1]
+    monkeypatch.setattr(GPT, "stream", REAL_STREAM)
+    args = ["--out", tmp_path / "out", *QUICK, "--prompt", "The door", "--steps", 1]
+    code, output, error = run(monkeypatch, capsys, *args)
+    assert (code, error) == (0, "")
+    assert output.count("    The door") == 2
+    assert "step     1/1 | loss " in output and " tokens/s | 0:00:00 left | val " in output
+    assert f"load_gpt2.py {tmp_path / 'out'}" in output.splitlines()[-1]
 
 
-def test_a_second_run_destroys_nothing_unasked(monkeypatch, capsys, quick, tmp_path):
-    quick("out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
-    assert (
-        code == 2 and error.startswith("error: ") and "--resume" in error and "--overwrite" in error
-    )
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert len(quick("out", "--overwrite", "--steps", 4)) == 5
-
-
-def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, quick, tmp_path):
-    quick("out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    args = ["--out", tmp_path / "out", "--overwrite", *QUICK]
-    for bad in (
-        ["--micro-batch-size", 5],
-        ["--prompt", "word " * 100],
-        ["--context-length", 100_000],
-    ):
-        assert run(monkeypatch, capsys, *args, *bad)[0] == 2
-        assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-
-def test_two_runs_do_not_share_a_folder(monkeypatch, capsys, quick, tmp_path):
-    quick("out")
-    with train_py.sole_run(tmp_path / "out"):
-        for args in (["--resume", tmp_path / "out"], ["--out", tmp_path / "out", "--overwrite"]):
-            code, _, error = run(monkeypatch, capsys, *args)
-            assert code == 2 and "another run is at work" in error
-
-
-def test_a_text_that_has_changed_is_not_taken_for_the_same(monkeypatch, capsys, quick, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(STORIES.read_text("utf-8")[:20_000], encoding="utf-8")
-    quick("out", "--text", text)
-    text.write_text(STORIES.read_text("utf-8")[:19_000], encoding="utf-8")
-    code, _, error = run(monkeypatch, capsys, "--resume", tmp_path / "out", "--steps", 16)
-    assert code == 2 and "have another place, size or time" in error and "--init" in error
-    (old,) = tmp_path.glob("out-*.bin")
-    quick("out", "--text", text, "--overwrite")
-    (new,) = {*tmp_path.glob("out-*.bin")} - {old}
-    tokenizer = load_gpt2(TINY)[1]
-    assert read_tokens(new).tolist() == [*tokenizer.encode(text.read_text("utf-8")), tokenizer.eot]
-
-
-def test_init_goes_on_from_a_folder(monkeypatch, capsys, quick, tmp_path):
-    losses = [
-        float(row["val_loss"])
-        for row in quick("first", "--learning-rate", 3e-3, base=FRESH)
-        if row["val_loss"]
-    ]
-    args = [
-        "--init",
-        tmp_path / "first",
-        "--steps",
-        4,
-        "--eval-every",
-        4,
-        "--eval-windows",
-        8,
-        "--dtype",
-        "float32",
-    ]
-    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "second", *args)
-    assert code == 0, error
-    again = read_losses(tmp_path / "second" / "losses.csv")
-    assert float(again[0]["val_loss"]) == pytest.approx(min(losses), rel=1e-6)
-    assert load_gpt2(tmp_path / "second")[1].merges == load_gpt2(tmp_path / "first")[1].merges
-    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "x", *args, "--vocab-size", 400)
-    assert code == 2 and "--vocab-size 400 does not fit" in error
-    code, _, error = run(
-        monkeypatch, capsys, "--out", tmp_path / "x", *args, "--context-length", 17
-    )
-    assert code == 2 and "--context-length 17 is more than the 16" in error
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, capsys, quick, tmp_path):
-    quick("out", "--steps", 8)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    args = ["--resume", tmp_path / "out", "--steps", 100, "--learning-rate", 1e38]
-    code, _, error = run(monkeypatch, capsys, *args)
-    assert (
-        code == 2
-        and error.startswith("error: the loss is ")
-        and error.count("\n") == 1
-        and "last good state" in error
-    )
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Resuming
-
-LONG = [*QUICK, "--steps", 120, "--dropout", 0.1, "--eval-every", 30, "--optimizer", "muon"]
-
-
-def wait_for_step(out, step, process):
-    while process.poll() is None:
-        if (out / "resume.pt").exists() and len(read_losses(out / "losses.csv")) > step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(process.communicate())
-
-
-def test_stopped_and_killed_and_resumed_is_uninterrupted(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uninterrupted, process = start("--out", whole, *LONG), start("--out", cut, *LONG)
-    for step, number, code in [
-        (0, signal.SIGKILL, -9),
-        (30, signal.SIGINT, 130),
-        (60, signal.SIGTERM, 143),
-    ]:
-        wait_for_step(cut, step, process)
-        time.sleep(0.05)  # somewhere between two saves
-        process.send_signal(number)
-        output, error = process.communicate(timeout=60)
-        assert process.returncode == code and error == ""
-        if code > 0:  # it had time to say how to go on, and to save what it had done
-            assert f"--resume {cut}" in output and len(read_losses(cut / "losses.csv")) - 1 not in (
-                0,
-                30,
-                60,
-                90,
-                120,
-            )
-        process = start("--resume", cut)
-    for process in (process, uninterrupted):
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-    for name in ("losses.csv", "model.safetensors", "config.json", "merges.txt", "vocab.json"):
-        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
-
-
-def test_the_state_alone_is_enough_to_go_on(monkeypatch, capsys, quick, tmp_path):
-    out = tmp_path / "out"
-    quick("out", "--steps", 4)
-    before = read_losses(out / "losses.csv")
-    (out / "losses.csv").unlink()
-    assert (
-        run(monkeypatch, capsys, "--resume", out)[0] == 0
-        and read_losses(out / "losses.csv") == before
-    )
-    (out / "losses.csv").write_text("nonsense")
-    assert run(monkeypatch, capsys, "--resume", out, "--steps", 8)[0] == 0
-    after = read_losses(out / "losses.csv")
-    assert after[:5] == before and [row["step"] for row in after] == [
-        str(step) for step in range(9)
-    ]
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
-    code, _, error = run(monkeypatch, capsys, "--resume", out)
-    assert (
-        code == 2
-        and error.startswith(f"error: {out / 'resume.pt'}: does not fit the model of ")
-        and error.count("\n") == 1
-    )
-    state = torch.load(out / "resume.pt", weights_only=True)
-    for wrong in (
-        {"history": []},
-        {"step": 9},
-        {"settings": None},
-        {"step": "8"},
-        {"model": None},
-        {"optimizers": [{}]},
-    ):
-        torch.save(state | wrong, out / "resume.pt")
-        code, _, error = run(monkeypatch, capsys, "--resume", out)
-        assert (
-            code == 2
-            and error.startswith(f"error: {out / 'resume.pt'}: ")
-            and error.count("\n") == 1
-        )
-
-
-def test_run_in_the_folder_at_hand(monkeypatch, capsys, tmp_path):
+def test_the_folder_has_the_name_of_the_data(monkeypatch, capsys, tmp_path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert run(monkeypatch, capsys, "--out", ".", *QUICK)[0] == 0
-    code, _, error = run(monkeypatch, capsys, "--resume", ".", "--steps", 16)
-    assert code == 0, error
+    assert run(monkeypatch, capsys, *QUICK, "--steps", 1)[0] == 0
+    assert (Path("out") / "text" / "config.json").exists()
+    # The folder at hand has a name, too
+    assert run(monkeypatch, capsys, *QUICK, "--steps", 1, "--out", ".")[0] == 0
+    code, output, _ = run(monkeypatch, capsys, *QUICK, "--steps", 2, "--out", ".")
+    assert code == 0 and "going on from step 1" in output
+
+
+def test_a_pattern_of_token_files_does_not_fill_the_folder_out(monkeypatch, capsys, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    save_ids(tmp_path / "corpus" / "1.bin", range(300))
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, capsys, *QUICK, "--steps", 1, "--bin", "corpus/*.bin")[0] == 0
+    assert all(path.is_dir() for path in Path("out").iterdir())
 
 
 def test_variables_of_other_launchers_say_nothing(monkeypatch, quick):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "x")
-    assert len(quick("out")) == 13
+    assert len(quick("out", "--steps", 1)) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Texts and token files
 
 
-def test_chunks_have_the_tokens_of_the_whole(tmp_path):
-    tokenizer = Tokenizer.gpt2()
-    rng = np.random.default_rng(0)
-    for alphabet in (
-        ["word", " ", "\n", "  ", "don't", "\t", "!?", "\x1c", "\u2003", "東京", "12", "\x85"],
-        ["a"],
-        [" ", "\n"],
-    ):
-        text = "".join(rng.choice(alphabet, 400))
-        (tmp_path / "text").write_text(text, encoding="utf-8", newline="")
-        text = (tmp_path / "text").read_text("utf-8")
-        for n in (64, 100, 1000):
-            chunks = list(read_chunks(tmp_path / "text", n))
-            assert "".join(chunks) == text
-            if len(alphabet) > 2:
-                assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(
-                    text
-                )
+def save_ids(path, ids):
+    np.array(ids, dtype=np.uint16).tofile(path)
 
 
-def test_token_file(tmp_path):
-    texts = {"a.txt": "One text.", "b.txt": "Another <|endoftext|> text,\nüber two lines."}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    tokenizer, path = Tokenizer.gpt2(), tmp_path / "tokens.bin"
-    tokenize([tmp_path / name for name in texts], tokenizer, path)
-    expected = [i for text in texts.values() for i in [*tokenizer.encode(text), tokenizer.eot]]
-    assert read_tokens(path).tolist() == expected
-    header = np.fromfile(
-        path, dtype=np.int32, count=256
-    )  # llm.c's: magic, version, number of tokens
-    assert header[:3].tolist() == [
-        20240520,
-        1,
-        len(expected),
-    ] and path.stat().st_size == 1024 + 2 * len(expected)
-    # A second time there is nothing to do
-    written = path.stat().st_mtime_ns
-    tokenize([tmp_path / name for name in texts], tokenizer, path)
-    assert path.stat().st_mtime_ns == written
-
-
-def test_fingerprint_of_texts_and_vocabulary(tmp_path):
-    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
-    a.write_text("One text.")
-    b.write_text("One text.")
-    fingerprints = [data_fingerprint(paths, Tokenizer([])) for paths in ([a], [b], [a, b], [b, a])]
-    fingerprints.append(data_fingerprint([a], Tokenizer([(b"O", b"n")])))
-    a.write_text("Another.")
-    fingerprints.append(data_fingerprint([a], Tokenizer([])))
-    assert len(set(fingerprints)) == 6 and fingerprints[1] == data_fingerprint([b], Tokenizer([]))
-
-
-def test_tokenizing_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    texts = [tmp_path / f"{i}.txt" for i in range(3)]
-    for i, path in enumerate(texts):
-        path.write_text(f"Text {i} has so many words. " * 40, encoding="utf-8")
-    tokenizer, path, part = (
-        Tokenizer.load(TINY),
-        tmp_path / "tokens.bin",
-        tmp_path / "tokens.bin.part",
-    )
-    monkeypatch.setattr("train.read_chunks", lambda path: read_chunks(path, 100))
-    monkeypatch.setattr("train.CHUNKS_AT_ONCE", 1)
-    tokenize(texts, tokenizer, path)
-    whole = path.read_bytes()
-    path.unlink()
-    n_written = 0
-
-    class Killed(BaseException):
-        pass
-
-    def killed_after(n):
-        def show_progress(line):
-            nonlocal n_written
-            n_written += 1
-            if n_written == n:
-                raise Killed
-
-        return show_progress
-
-    for n in (1, 7, 20):
-        n_written = 0
-        monkeypatch.setattr("train.show_progress", killed_after(n))
-        with pytest.raises(Killed):
-            tokenize(texts, tokenizer, path)
-        assert not path.exists() and part.stat().st_size < len(whole)
-        with open(part, "ab") as file:
-            file.write(b"half of a chunk, which the header does not count")
-    n_written = 0
-    monkeypatch.setattr("train.show_progress", killed_after(0))
-    tokenize(texts, tokenizer, path)
-    assert path.read_bytes() == whole and not part.exists()
-    assert n_written == 11  # 39 chunks and ends of texts, of which 1 + 7 + 20 were there
-
-
-def test_a_run_of_finetune_is_not_resumed_here(monkeypatch, capsys, tmp_path):
-    state = {
-        "step": 0,
-        "best_loss": 1.0,
-        "history": [{}],
-        "model": {},
-        "optimizers": [],
-        "settings": {"command": "classify"},
-    }
-    torch.save(state, tmp_path / "resume.pt")
-    code, _, error = run(monkeypatch, capsys, "--resume", tmp_path)
-    assert code == 2 and "is a run of finetune.py: python finetune.py classify --resume" in error
-
-
-def write_llmc(path, ids, n=None):
+def write_llmc(path, ids, n=None, magic=20240520):
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(ids) if n is None else n
+    header[:3] = magic, 1, len(ids) if n is None else n
     path.write_bytes(header.tobytes() + np.array(ids, dtype=np.uint16).tobytes())
 
 
-def test_bin_takes_the_files_of_nanogpt_and_llmc(quick, tmp_path):
-    ids = Tokenizer.load(TINY).encode(STORIES.read_text("utf-8"))[:3000]
+def test_a_line_with_the_mark_separates_documents(captured, tmp_path):
+    text = "\ufeffOne, <|endoftext|> in a line.\n<|endoftext|>\n\nTwo.\r\n<|endoftext|>\nThree.\n"
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    texts[0].write_bytes(text.encode())
+    texts[1].write_bytes("Four, über 東京.".encode())
+    documents = ["One, <|endoftext|> in a line.\n", "\nTwo.\n", "Three.\n", "Four, über 東京."]
+    assert read_documents(texts) == documents
+    tokenizer = load_gpt2(TINY)[1]
+    ids = [i for document in documents for i in [*tokenizer.encode(document), tokenizer.eot]]
+    given = captured("--text", *texts, "--context-length", 4)
+    n_val = len(ids) // 10
+    windows = [ids[i : i + 4] for i in range(0, len(ids) - n_val - 5, 4)]
+    seen = {tuple(row) for step in range(20) for row in given.get_batch(step)[0].tolist()}
+    assert set(map(tuple, windows)) <= seen
+    assert given.batches[-2][-1] == ids[-5:-1] and given.batches[-1][-1] == ids[-4:]
+
+
+def test_a_text_that_does_not_fit_in_memory_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train_py, "MAX_TEXT_BYTES", 4000)
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
+    assert is_one_error(code, error) and "data/prepare.py" in error
+
+
+def test_an_epoch_has_every_window_of_every_file_once(captured, tmp_path):
+    """And a batch has windows of several files."""
+    ids = [*range(320), *range(80)]
+    for i, (begin, end) in enumerate([(0, 100), (100, 200), (200, 400)]):
+        save_ids(tmp_path / f"{i}.bin", ids[begin:end])
+    given = captured("--bin", *sorted(tmp_path.glob("?.bin")))
+    assert given.get_batch(0)[0].dtype == given.get_batch(0)[1].dtype == torch.int64
+    assert given.n_windows == 7 + 7 + 12  # of 16 tokens; 20 tokens are for validation
+    inputs = torch.cat([given.get_batch(step)[0] for step in range(13)])  # 13 x 8 rows: 4 epochs
+    first_ids = inputs[:, 0].tolist()
+    counts = Counter(first_ids)
+    assert len(counts) == 26 and set(counts.values()) == {4}
+    assert len({ids.index(first) // 100 for first in first_ids[:8]}) > 1
+    assert first_ids[:26] != first_ids[26:52]
+    assert given.config.micro_batch_size == 2048 // 16  # on a CPU
+
+
+def test_bin_takes_the_files_of_nanogpt_and_llmc(captured, tmp_path):
+    ids = load_gpt2(TINY)[1].encode((tmp_path / "text.txt").read_text("utf-8"))[:2000]
     (tmp_path / "nanogpt").mkdir()
-    np.array(ids[:2000], dtype=np.uint16).tofile(tmp_path / "nanogpt" / "train.bin")
-    np.array(ids[2000:], dtype=np.uint16).tofile(tmp_path / "nanogpt" / "val.bin")
+    save_ids(tmp_path / "nanogpt" / "train.bin", ids[:1500])
+    save_ids(tmp_path / "nanogpt" / "val.bin", ids[1500:])
     (tmp_path / "llmc").mkdir()
-    write_llmc(tmp_path / "llmc" / "x_train_000001.bin", ids[:2000])
-    write_llmc(tmp_path / "llmc" / "x_val_000000.bin", ids[2000:])
-    first = quick("a", "--bin", tmp_path / "nanogpt" / "*.bin")
-    second = quick("b", "--bin", tmp_path / "llmc" / "*.bin")
-    assert first == second and len(first) == 13
-    assert first != quick(
-        "c", "--bin", tmp_path / "nanogpt" / "train.bin"
-    )  # which is cut for validation then
+    write_llmc(tmp_path / "llmc" / "x_train_000001.bin", ids[:1500])
+    write_llmc(tmp_path / "llmc" / "x_val_000000.bin", ids[1500:])
+    first = captured("--bin", tmp_path / "nanogpt" / "*.bin")
+    assert first.batches == captured("--bin", tmp_path / "llmc" / "*.bin").batches
+    alone = captured("--bin", tmp_path / "nanogpt" / "train.bin")  # is cut for validation
+    assert first.n_windows == 94 and alone.n_windows == 85
+    # A tokenizer of one's own gives the vocabulary; without it, that is GPT-2's
+    args = ["--bin", tmp_path / "llmc" / "*.bin"]
+    given = captured(*SHORT, *args, "--tokenizer", TINY, base=[])
+    assert given.model.config.vocab_size == 320 and given.batches == first.batches
+    given = captured(*SHORT, *args, base=[])
+    assert given.model.config.vocab_size == 50257 and given.batches == first.batches
 
 
-def test_links_keep_their_names_on_resume(monkeypatch, capsys, quick, tmp_path):
-    """As a cache of a hub has them: the name that says what a shard is for is that of the link"""
-    ids = load_gpt2(TINY)[1].encode(STORIES.read_text("utf-8"))
-    for name, blob, part in [("train", "a", ids[:2000]), ("val", "b", ids[2000:4000])]:
-        np.array(part, dtype=np.uint16).tofile(tmp_path / blob)
+def test_files_with_the_same_name_are_different_files(captured, tmp_path):
+    for i, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        save_ids(tmp_path / name / "train.bin", range(100 * i, 100 * i + 100))
+    assert captured("--bin", *tmp_path.glob("?/train.bin")).n_windows == 20
+
+
+def test_links_keep_their_names(captured, tmp_path):
+    """As a cache of a hub has them: the name that says what a file is for is that of the link"""
+    for name, blob, n in [("train", "a", 170), ("val", "b", 100)]:
+        save_ids(tmp_path / blob, range(n))
         (tmp_path / f"{name}.bin").symlink_to(tmp_path / blob)
-    args = ["--out", tmp_path / "out", "--bin", tmp_path / "*.bin", *QUICK]
-    began = run(monkeypatch, capsys, *args)[1].split("\n")[0]
-    goes_on = run(monkeypatch, capsys, "--resume", tmp_path / "out")[1].split("\n")[0]
-    assert began == goes_on and "125 windows of 16 tokens" in began
+    assert captured("--bin", tmp_path / "*.bin").n_windows == 11
 
 
-def test_text_takes_files_folders_and_globs(quick, tmp_path):
-    (tmp_path / "texts" / "deep").mkdir(parents=True)
+def test_token_files_may_hold_short_texts(captured, tmp_path):
+    """The last one, of which validation is cut, or any other"""
+    for i, n in enumerate([200, 5, 300, 3]):
+        save_ids(tmp_path / f"{i}.bin", range(i, i + n))
+    assert captured("--bin", tmp_path / "*.bin").n_windows > 20
+
+
+def test_ids_out_of_range_are_found_in_a_late_file(monkeypatch, capsys, tmp_path):
+    save_ids(tmp_path / "1.bin", range(320))
+    save_ids(tmp_path / "2.bin", [*range(200), 320, *range(200)])
+    args = ["--out", tmp_path / "out", *QUICK, "--bin", tmp_path / "*.bin"]
+    code, _, error = run(monkeypatch, capsys, *args)
+    assert is_one_error(code, error) and "2.bin" in error and "320" in error
+    assert not (tmp_path / "out").exists()
+    assert read_tokens(tmp_path / "1.bin", 320).tolist() == list(range(320))
+
+
+def test_text_takes_files_and_patterns(captured, tmp_path):
+    (tmp_path / "texts").mkdir()
     stories = STORIES.read_text("utf-8")
-    (tmp_path / "texts" / "1.txt").write_text(stories[:5000], encoding="utf-8")
-    (tmp_path / "texts" / "deep" / "2.txt").write_text(stories[5000:10000], encoding="utf-8")
-    (tmp_path / "a [1].txt").write_text(
-        stories[:5000], encoding="utf-8"
-    )  # a name, not a glob for "a 1.txt"
-    (tmp_path / "a 1.txt").write_text("no")
-    files = [tmp_path / "a [1].txt", tmp_path / "texts" / "deep" / "2.txt"]
-    for i, names in enumerate([files, [tmp_path / "texts"], [tmp_path / "texts" / "**" / "*.txt"]]):
-        rows = quick(str(i), "--text", *names, "--steps", 2)
-        if i == 0:
-            first = rows
-        assert rows == first
+    (tmp_path / "texts" / "1.txt").write_text(stories[:3000], encoding="utf-8")
+    (tmp_path / "texts" / "2.txt").write_text(stories[3000:6000], encoding="utf-8")
+    first = captured("--text", tmp_path / "texts" / "1.txt", tmp_path / "texts" / "2.txt")
+    assert captured("--text", tmp_path / "texts" / "*.txt").batches == first.batches
+    # A name of a file is no pattern, and "val" in it has no meaning
+    name = tmp_path / "carnival [1].txt"
+    name.write_text(stories[:3000], encoding="utf-8")
+    (tmp_path / "carnival 1.txt").write_text("no")
+    given = captured("--text", name, tmp_path / "texts" / "2.txt")
+    assert given.batches == first.batches
 
 
-def test_a_text_may_have_val_in_its_name(quick, tmp_path):
-    (tmp_path / "carnival.txt").write_text(STORIES.read_text("utf-8"), encoding="utf-8")
-    assert quick("interval", "--text", tmp_path / "carnival.txt", "--steps", 2) == quick(
-        "a", "--steps", 2
-    )
-
-
-def test_text_from_a_url_is_fetched_once(quick, tmp_path):
+def test_text_from_a_url_is_fetched_once(captured, tmp_path):
     asked = []
+    body = (tmp_path / "text.txt").read_bytes()
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            body = STORIES.read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -707,90 +920,95 @@ def test_text_from_a_url_is_fetched_once(quick, tmp_path):
         def log_message(self, *args):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/texts/stories.txt?raw=1"
-    rows = quick("a", "--text", url, "--steps", 2)
-    assert rows == quick("b", "--text", url, "--steps", 2) == quick("c", "--steps", 2)
-    server.shutdown()
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/texts/stories.txt?raw=1"
+            first = captured("--text", url)
+            assert first.batches == captured("--text", url).batches == captured().batches
+        finally:
+            server.shutdown()
     assert asked == ["/texts/stories.txt?raw=1"]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def make_bad_inputs(folder):
     (folder / "empty.txt").write_bytes(b"")
+    (folder / "marks.txt").write_text("<|endoftext|>\n<|endoftext|>\n")
     (folder / "latin1.txt").write_bytes("Caf\u00e9 au lait. ".encode("latin-1") * 100)
     (folder / "short.txt").write_text("Too short.")
-    (folder / "no-texts").mkdir()
-    np.array([1, 2, 60000] * 100, dtype=np.uint16).tofile(folder / "ids.bin")
+    (folder / "folder").mkdir()
+    save_ids(folder / "ids.bin", [1, 2, 60000] * 100)
     (folder / "odd.bin").write_bytes(b"123")
+    (folder / "empty.bin").write_bytes(b"")
     write_llmc(folder / "cut.bin", range(100), n=200)
-    np.arange(100, dtype=np.uint16).tofile(folder / "only_val.bin")
-    (folder / "damaged").mkdir()
-    (folder / "damaged" / "resume.pt").write_bytes(b"not a checkpoint")
+    write_llmc(folder / "no-ids.bin", [])
+    write_llmc(folder / "llama3.bin", range(100), magic=20240801)
+    save_ids(folder / "only_val.bin", range(100))
+    save_ids(folder / "good.bin", range(200))
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--text", "{}/missing.txt"], "missing.txt: no such file"),
-        (["--text", "{}/empty.txt"], "empty.txt: empty"),
-        (["--text", "{}/latin1.txt"], "latin1.txt: not a UTF-8 text"),
-        (["--text", "{}/short.txt"], "shorter than one window of context_length=128"),
-        (["--text", "{}/no-texts"], "no *.txt in this folder"),
-        (["--text", "http://127.0.0.1:PORT/x.txt"], "http://127.0.0.1"),
-        (["--bin", "{}/ids.bin"], "token id 60000 does not fit a vocabulary of 50257"),
-        (["--bin", "{}/odd.bin"], "odd.bin: not a file of 16-bit token ids"),
+        (["--text", "{}/*.missing"], "no such file"),
+        (["--text", "{}/empty.txt"], "empty.txt"),
+        (["--text", "{}/marks.txt"], ""),
+        (["--text", "{}/latin1.txt"], "latin1.txt"),
+        (["--text", "{}/short.txt"], "as long as a window"),
+        (["--text", "{}/folder"], "folder"),
+        (["--text", "http://127.0.0.1:9/x.txt"], "127.0.0.1"),
+        (["--bin", "{}/ids.bin"], "60000"),
+        (["--bin", "{}/odd.bin"], "odd.bin: not a file of 16-bit ids"),
+        (["--bin", "{}/empty.bin"], "empty.bin: not a file of 16-bit ids"),
+        (["--bin", "{}/no-ids.bin"], "no-ids.bin: not a file of 16-bit ids"),
         (["--bin", "{}/cut.bin"], "cut.bin: 100 tokens, but its header says 200"),
-        (["--bin", "{}/only_val.bin"], "all token files are for validation"),
+        (["--bin", "{}/llama3.bin"], "20240801"),
+        (["--bin", "{}/only_val.bin"], "for training"),
+        (["--bin", "{}/good.bin", "--tokenizer", "{}/nowhere", "--init", ""], "nowhere"),
+        (["--bin", "{}/good.bin", "--text", "{}/text.txt"], "--text"),
         (["--model", "gpt5"], "invalid choice: 'gpt5'"),
-        (["--init", "{}/nowhere"], "nowhere is not a folder"),
-        (["--resume", "{}/nowhere"], "nowhere/resume.pt: no such file"),
-        (["--resume", "{}/damaged"], "damaged/resume.pt: damaged"),
-        (["--vocab-size", "100"], "vocab_size=100 is too small"),
-        (["--vocab-size", "70000", "--text", "{}/ids.bin"], "not a UTF-8 text"),
-        (["--vocab-size", "0"], "vocab_size=0 is too small"),
-        (["--eval-windows", "0"], "--eval-windows"),
-        (["--prompt", "word " * 200], "more than the context of 128"),
-        (["--seed", "99999999999"], "32 bits"),
-        (["--text", "x", "--bin", "y"], "--text and --bin"),
-        (["--resume", "{}/damaged", "--overwrite"], "--overwrite does not go with --resume"),
-        (["--steps", "0"], "at least 1"),
+        (["--init", "{}/nowhere"], "nowhere is neither a folder"),
+        (["--vocab-size", "400"], "vocabulary"),
+        (["--vocab-size", "100", "--init", ""], "vocab_size=100"),
+        (["--vocab-size", "0", "--init", ""], ""),
+        (["--context-length", "0", "--init", ""], "positive"),
+        (["--context-length", "0"], ""),
+        (["--context-length", "49"], "49"),
+        (["--eval-windows", "0"], ""),
+        (["--prompt", "word " * 200], "prompt"),
+        (["--seed", "-1"], ""),
+        (["--steps", "0"], "positive"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--batch-size", "0"], "positive"),
+        (["--micro-batch-size", "0"], "positive"),
+        (["--grad-clip", "nan"], "positive"),
         (["--learning-rate", "nan"], "learning rate"),
-        (["--dtype", "float16"], "dtype=float16"),
-        (["--dropout", "1.5"], "dropout=1.5"),
-        (["--context-length", "0"], "context_length"),
+        (["--learning-rate", "-1"], "learning rate"),
+        (["--optimizer", "sgd"], "sgd"),
+        (["--dtype", "float16"], "float16"),
+        (["--dropout", "1.5"], "dropout"),
+        (["--device", "abacus"], "abacus"),
+        (["--resume", "{}/out"], "--resume"),
         (["--frobnicate"], "--frobnicate"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, args, message):
+def test_bad_input_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, args, message):
     make_bad_inputs(tmp_path)
-    monkeypatch.setattr("load_gpt2.WAITS", ())
-    args = [arg.replace("{}", str(tmp_path)).replace("PORT", str(free_port())) for arg in args]
-    out = [] if "--resume" in args else ["--out", tmp_path / "new" / "out"]
-    code, _, error = run(monkeypatch, capsys, *args, *out)
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "new" / "out").exists() and not list(tmp_path.rglob("*.part"))
+    before = contents(tmp_path)
+    monkeypatch.setattr(load_gpt2_py, "WAITS", ())
+    monkeypatch.setattr(GPT, "stream", REAL_STREAM)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if "--init" in args else "0")
+    args = [arg.replace("{}", str(tmp_path)) for arg in args]
+    out = tmp_path / "new" / "out"
+    code, _, error = run(monkeypatch, capsys, "--out", out, *QUICK, *args)
+    assert is_one_error(code, error) and message.lower() in error.lower()
+    assert not out.exists() and contents(tmp_path) == before
 
 
 def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
     code, output, _ = run(monkeypatch, capsys, "--help")
     assert code == 0
     text = " ".join(output.split())
-    for option in (
-        "--steps",
-        "--batch-size",
-        "--learning-rate",
-        "--resume",
-        "--bin",
-        "--device",
-        "--compile",
-    ):
-        assert option in text
-    assert text.count("(default: ") >= 15 and "None" not in text
+    assert all("--" + f.name.replace("_", "-") in text for f in fields(PretrainConfig))
+    assert text.count("default: ") >= 20 and "None" not in text

@@ -13,6 +13,7 @@ training all of it, the last block, or LoRA adapters.
 
 import copy
 import csv
+import functools
 import io
 import json
 import math
@@ -36,12 +37,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 import load_gpt2
 from gpt import GPT, GPTConfig, Tokenizer, create_dataloader, eval_mode
-from load_gpt2 import damaged, print_line, read_json, save_gpt2, show_progress, write_json
+from load_gpt2 import named_errors, print_line, read_json, save_gpt2, show_progress, write_json
 from train import (
     RunConfig,
     add_options,
     find_files,
+    is_small,
     option,
+    print_on_rank_0,
     process_rank,
     read_checkpoint,
     run_folder,
@@ -114,7 +117,7 @@ def load_classifier(folder):
     path = folder / "config.json"
     config = load_gpt2.read_config(path)
     labels = read_json(path).get("id2label")
-    with damaged(path):
+    with named_errors(path):
         if labels is None:
             raise ValueError("not a classifier: it has no id2label")
         classes = [labels[str(i)] for i in range(len(labels))]
@@ -338,13 +341,13 @@ def load_lora(model, folder):
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
-    with damaged(path):
+    with named_errors(path):
         settings = [config.pop(name) for name in ("r", "lora_alpha", "lora_dropout")]
         for name in sorted(config.keys() - PEFT_IGNORED):
             if config[name] not in PEFT_ALLOWED.get(name, (None, False, {}, [])):
                 raise ValueError(f"{name}={config[name]} is not supported, only plain LoRA")
     path = Path(folder) / "adapter_model.safetensors"
-    with damaged(path):
+    with named_errors(path):
         prefix = PEFT_PREFIX if isinstance(model, GPTClassifier) else f"{PEFT_PREFIX}transformer."
         tensors = load_gpt2.read_safetensors(path)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -371,7 +374,7 @@ def read_rows(source, folder, columns, optional=()):
     path, *more = find_files([source], Path(folder))
     if more:
         raise ValueError(f"{source}: one file is needed, not {1 + len(more)}")
-    with damaged(path):
+    with named_errors(path):
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             rows = json.loads(text)
@@ -420,11 +423,12 @@ def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
 
 def order_by_length(lengths, batch_size, seed):
     """
-    For `shuffled_rows`: a function, number of the epoch -> the rows in random order, but each batch
-    of rows with like lengths. On texts of a line or two, this saves a third of the padded tokens.
+    For `shuffled_rows`: a function, epoch -> the rows in random order, but each batch of rows with
+    like lengths. On short messages, this saves a third of the tokens, which would be padding.
     """
     n_rows = len(lengths)
 
+    @functools.lru_cache(maxsize=2)
     def order(epoch):
         rng = np.random.default_rng([seed, epoch])
         # Lengths change by up to a fifth, so that the same rows do not meet in every epoch
@@ -469,8 +473,8 @@ RANDOM_CONFIG = GPTConfig(1024, context_length=128, n_layer=2, n_head=4, n_embd=
 def create_base(config, texts, min_context=0):
     """
     -> GPT, Tokenizer, the config with its defaults that depend on the model filled in.
-    texts: to learn a vocabulary, for random. min_context: what the task needs. Positions beyond the
-    context of the base are new and random, which LoRA cannot train.
+    texts: to learn a vocabulary, for random. min_context: what the task needs. A longer context
+    than that of the base adds random position embeddings, which LoRA does not train.
     """
     torch.manual_seed(config.seed)
     if config.init == "random":
@@ -486,11 +490,12 @@ def create_base(config, texts, min_context=0):
         sizes = base.config
         weights = base.state_dict()
     # A small model knows little: all of it has to learn, with much dropout against overfitting
-    is_small = sizes.n_embd < GPTConfig.n_embd
     if config.dropout is None:
-        config = replace(config, dropout=0.3 if is_small else 0.1)
+        config = replace(config, dropout=0.3 if is_small(sizes) else 0.1)
     if config.learning_rate is None:
-        config = replace(config, learning_rate=1e-3 if is_small or config.lora_rank else 5e-5)
+        config = replace(
+            config, learning_rate=1e-3 if is_small(sizes) or config.lora_rank else 5e-5
+        )
     if config.context_length is None:
         n = sizes.context_length if config.lora_rank else max(sizes.context_length, min_context)
         config = replace(config, context_length=n)
@@ -511,7 +516,7 @@ def create_base(config, texts, min_context=0):
     return model, tokenizer, config
 
 
-def by_length(rows, batch_size, collate_fn):
+def sorted_loader(rows, batch_size, collate_fn):
     """A loader of all rows for evaluation, short ones first, which saves padding"""
     return create_dataloader(
         sorted(rows, key=lambda r: len(r[0])), batch_size, collate_fn=collate_fn
@@ -538,19 +543,19 @@ def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save,
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         save(merge_lora(copy.deepcopy(model)) if config.lora_rank else model)
 
-    if process_rank()[0] == 0:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
-        print(f"{len(training)} rows for training, {len(validation)} for validation")
-        print(f"{trained:,} of {total:,} parameters are trained; {config.device}")
-    val_loader = by_length(validation, config.micro_batch_size or config.batch_size, collate_fn)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print_on_rank_0(
+        f"{len(training)} rows for training, {len(validation)} for validation; {trained:,} of "
+        f"{total:,} parameters are trained; {config.device}"
+    )
+    val_loader = sorted_loader(validation, config.micro_batch_size or config.batch_size, collate_fn)
     stopped_by = train(
         model, get_batch, val_loader, config, config.out, save=save_best, report=report,
         settings=settings, checkpoint=checkpoint,
     )  # fmt: skip
     if stopped_by:
-        if process_rank()[0] == 0:
-            print("stopped; the same command goes on")
+        print_on_rank_0("stopped; the same command goes on")
         sys.exit(128 + stopped_by)
 
 
@@ -583,7 +588,7 @@ def classify(config):
         rows = read_rows(config.data, config.out.parent, columns)
         rows = [(row[config.text_column], row[config.label_column]) for row in rows]
         counts = Counter(label for _, label in rows)
-        classes = sorted(counts, key=lambda name: (len(name) if name.isdecimal() else 0, name))
+        classes = sorted(counts)
         if config.balance:
             rng = random.Random(config.seed)
             groups = [[row for row in rows if row[1] == name] for name in classes]
@@ -596,8 +601,7 @@ def classify(config):
         settings, checkpoint = read_checkpoint(config.out, config, (rows, tokenizer.vocab))
         model = GPTClassifier(gpt, len(classes))
         if not config.lora_rank:
-            is_small = gpt.config.n_embd < GPTConfig.n_embd
-            what = config.train or ("all" if is_small else "last")
+            what = config.train or ("all" if is_small(gpt.config) else "last")
             gpt.requires_grad_(what == "all")
             if what == "last":
                 gpt.h[-1].requires_grad_()
@@ -607,7 +611,7 @@ def classify(config):
         model.to(device)
         context_length = gpt.config.context_length
         datasets = [ClassificationDataset(p, tokenizer, classes, context_length) for p in parts]
-        loaders = [by_length(dataset, 32, collate_texts) for dataset in datasets]
+        loaders = [sorted_loader(dataset, 32, collate_texts) for dataset in datasets]
         is_main = process_rank()[0] == 0
         if is_main:
             counts = Counter(label for _, label in rows)
@@ -623,7 +627,7 @@ def classify(config):
 
         def report():
             n_val = len(datasets[1])
-            sample = by_length(datasets[0][:n_val], 32, collate_texts)
+            sample = sorted_loader(datasets[0][:n_val], 32, collate_texts)
             loaders_by_name = {"train_accuracy": sample, "val_accuracy": loaders[1]}
             return {n: accuracy(*predict_all(model, x)) for n, x in loaders_by_name.items()}
 
@@ -668,7 +672,9 @@ class InstructConfig(FinetuneConfig):
     out: Path = option(Path("out/assistant"), "folder of the run", may_change=True)
     epochs: float = option(3.0, "how often each row is seen", may_change=True)
     batch_size: int = option(8, "rows per update, over all processes")
-    train_on_prompt: bool = option(False, "no -100 in the prompts", action="store_true")
+    train_on_prompt: bool = option(
+        False, "compute the loss on the prompts too", action="store_true"
+    )
     compare: bool = option(
         False, "write the responses of the base too", action="store_true", may_change=True
     )
@@ -710,7 +716,6 @@ def instruct(config):
             (response,) = respond(model, tokenizer, [entry], config.max_new_tokens)
             text = f"{entry['instruction']} {entry['input']}\n-> {response}"
             print(textwrap.indent(text, "    "), end="\n\n", flush=True)
-            return {}
 
         finetune(
             filled, model, [training, validation], collate_instructions, checkpoint, settings,
@@ -826,7 +831,7 @@ def ask_for_score(url, model, prompt):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = f"{url.rstrip('/')}/chat/completions"
     response = requests.post(url, json=body, headers=headers, timeout=300)  # large models are slow
-    with damaged(url):
+    with named_errors(url):
         if not response.ok:
             raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
         answer = str(response.json()["choices"][0]["message"]["content"])
@@ -847,9 +852,10 @@ def main():
     for name, config_class in configs.items():
         add_options(parsers[name], config_class)
 
-    for name, default in (("predict", "out/spam"), ("chat", "out/assistant")):
+    parsers["predict"].add_argument("folder", help="of the model, such as out/spam")
+    parsers["chat"].add_argument("folder", nargs="?", default="out/assistant", help="of the model")
+    for name in ("predict", "chat"):
         add = parsers[name].add_argument
-        add("folder", nargs="?" if name == "chat" else None, default=default, help="of the model")
         add("--adapter", metavar="FOLDER", help="LoRA adapters for it, of save_lora or PEFT")
         device = load_gpt2.default_device()
         add("--device", type=load_gpt2.usable_device, default=device, help="cpu, cuda or mps")

@@ -13,9 +13,9 @@ V vocabulary size.
 
 import codecs
 import contextlib
+import itertools
 import json
 import math
-import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 @dataclass(frozen=True)
 class GPTConfig:
     vocab_size: int = 50257
-    context_length: int = 1024  # the most tokens that the model can see at once
+    context_length: int = 1024  # the most tokens in one sequence (n_positions in Hugging Face)
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -50,7 +50,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
 
 
-# Radford et al. 2019, table 2; distilgpt2 was published later by Hugging Face (Sanh et al. 2019)
+# Sizes: Radford et al. 2019, table 2; distilgpt2 was made by Hugging Face (Sanh et al. 2019)
 GPT2_CONFIGS = {
     "distilgpt2": GPTConfig(n_layer=6),  # 82M parameters
     "gpt2": GPTConfig(),  # 124M
@@ -66,12 +66,12 @@ GPT2_CONFIGS = {
 # The vocabulary is the 256 bytes, so that every text can be encoded, and then byte sequences that
 # occur often, each made by merging two earlier tokens.
 
-# GPT-2 first splits a text into contractions, words, numbers and punctuation, each with its leading
-# space. Merges never cross these splits, so "dog" in "dog!" is the token of "dog".
+# GPT-2 first splits a text into contractions, words, numbers, punctuation and white space. A word,
+# number or punctuation keeps the space before it. Tokens never cross these splits.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# GPT-2's order of the 256 bytes, printable ones first, and the character that its files write for
-# each: itself, or for the other 68 bytes a character from U+0100 on (a space becomes "Ġ").
+# GPT-2's order of the 256 bytes, printable ones first, and how its files write them: as themselves,
+# or the other 68 as characters from U+0100 on. A space is "Ġ", since spaces separate tokens there.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
@@ -100,16 +100,18 @@ class Tokenizer:
         self.eot = vocab[END_OF_TEXT]
         self.vocab_size = max(vocab.values()) + 1
 
-        # tiktoken merges the pair whose token has the lowest id, BPE the pair learned first
+        # tiktoken applies the merge with the lowest id first, so ids must grow like the merges
         ids = [vocab[token] for token in learned]
         if ids != sorted(set(ids)):
-            raise ValueError("the ids in vocab.json do not follow the order of merges.txt")
-        ranks = {token.translate(CHAR_TO_BYTE).encode("latin-1"): vocab[token] for token in tokens}
+            raise ValueError("the ids of the vocabulary do not follow the order of the merges")
+        bytes_to_id = {
+            token.translate(CHAR_TO_BYTE).encode("latin-1"): vocab[token] for token in tokens
+        }
         special = {token: vocab[token] for token in vocab.keys() - set(tokens)}
         self.encoding = tiktoken.Encoding(
-            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
+            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=bytes_to_id, special_tokens=special
         )
-        self.id_to_bytes = {token_id: token for token, token_id in ranks.items()}
+        self.id_to_bytes = {token_id: token for token, token_id in bytes_to_id.items()}
         self.id_to_bytes |= {token_id: name.encode() for name, token_id in special.items()}
 
     def encode(self, text):
@@ -124,19 +126,19 @@ class Tokenizer:
         """ids as they come -> pieces of text; a character comes with the last of its bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in ids:
-            yield decoder.decode(self.id_to_bytes.get(int(token_id), b"\xff"))
+            yield decoder.decode(self.id_to_bytes.get(int(token_id), b"\xff"))  # \xff: never UTF-8
         yield decoder.decode(b"", final=True)
 
     def apply_merges(self, word):
         """
-        BPE encoding, spelled out: a word -> its tokens with spaces between ("Ġtoken ization").
-        Apply the merge that was learned first, until none is left. `encode` does the same, faster.
+        BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"]. Apply the merge that was
+        learned first, until no learned merge is left. `encode` does the same, faster.
         """
-        ranks = {merge: rank for rank, merge in enumerate(self.merges)}
-        word = spell(word)
-        while candidates := [pair for pair in adjacent_pairs(word) if pair in ranks]:
-            word = apply_merge(word, min(candidates, key=ranks.get))
-        return word
+        ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(self.merges)}
+        tokens = spell(word)
+        while pairs := [pair for pair in itertools.pairwise(tokens) if pair in ranks]:
+            tokens = merge_pair(tokens, min(pairs, key=ranks.get))
+        return tokens
 
     @classmethod
     def train(cls, text, vocab_size):
@@ -149,27 +151,27 @@ class Tokenizer:
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size}: the bytes and {END_OF_TEXT} alone need 257")
         word_counts = Counter(regex.findall(SPLIT_PATTERN, text))
-        words = [spell(word) for word in word_counts]
+        words = [spell(word) for word in word_counts]  # each a list of tokens
         counts = list(word_counts.values())
         pair_counts = Counter()
-        words_with_pair = defaultdict(set)  # pair -> indices of the words that contain it
+        words_with_pair = defaultdict(set)  # pair -> indices of words that contain it, or once did
         for i, word in enumerate(words):
-            for pair in adjacent_pairs(word):
+            for pair in itertools.pairwise(word):
                 pair_counts[pair] += counts[i]
                 words_with_pair[pair].add(i)
 
         merges = []
         while len(merges) < vocab_size - 257 and pair_counts:
-            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
+            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))  # no ties
             if pair_counts[best] < 2:
                 break
-            merges.append(best)
+            merges.append(" ".join(best))
             # Only words that contain this pair change: subtract their old pairs, add their new ones
             for i in words_with_pair.pop(best):
-                for pair in adjacent_pairs(words[i]):
+                for pair in itertools.pairwise(words[i]):
                     pair_counts[pair] -= counts[i]
-                words[i] = apply_merge(words[i], best)
-                for pair in adjacent_pairs(words[i]):
+                words[i] = merge_pair(words[i], best)
+                for pair in itertools.pairwise(words[i]):
                     pair_counts[pair] += counts[i]
                     words_with_pair[pair].add(i)
             del pair_counts[best]
@@ -201,20 +203,19 @@ class Tokenizer:
 
 
 def spell(word):
-    """ " the" -> "Ġ t h e", a character for each byte of the UTF-8 text, with spaces between"""
-    return " ".join(BYTE_TO_CHAR[byte] for byte in word.encode("utf-8"))
+    """The bytes of a word as characters: " the" -> ["Ġ", "t", "h", "e"]"""
+    return [BYTE_TO_CHAR[byte] for byte in word.encode("utf-8")]
 
 
-def adjacent_pairs(word):
-    """ "th e m" -> ["th e", "e m"]"""
-    tokens = word.split(" ")
-    return [f"{left} {right}" for left, right in zip(tokens, tokens[1:])]
-
-
-def apply_merge(word, pair):
-    """ "t h e t h", "t h" -> "th e th" """
-    pattern = rf"(?<!\S){re.escape(pair)}(?!\S)"  # whole tokens only
-    return re.sub(pattern, pair.replace(" ", "").replace("\\", r"\\"), word)
+def merge_pair(tokens, pair):
+    """["t", "h", "e"], ("t", "h") -> ["th", "e"]"""
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
 
 
 def read_merges(content):
@@ -234,9 +235,9 @@ class TokenDataset(Dataset):
     Sliding windows over token ids: pairs (inputs, targets), int64, (T,) each, T = context_length.
 
     tokens: a list, array, tensor or np.memmap of ids.
-    stride: tokens from the start of one window to the start of the next; default context_length,
-        which makes every token but the first a target exactly once: the last window is moved back
-        to end with the data, and targets that an earlier window had are -100 (ignored by the loss).
+    stride: tokens from the start of one window to the start of the next (default: context_length).
+        The last window is moved back to end with the data; its targets that an earlier window had
+        are -100, which the loss ignores. So by default, every token but the first is a target once.
     Raises ValueError if there are not enough tokens for one window.
     """
 
@@ -264,7 +265,7 @@ class TokenDataset(Dataset):
         # Token files hold uint16, but an embedding takes int64
         window = torch.tensor(np.asarray(window, dtype=np.int64))
         inputs = window[:-1]
-        targets = window[1:].clone()
+        targets = window[1:].clone()  # a copy, because inputs share the memory
         if start < i * self.stride:  # moved back
             n_seen = (i - 1) * self.stride + self.context_length - start
             targets[: max(0, n_seen)] = -100
@@ -309,8 +310,8 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x):
         """(B, T, C) -> queries, keys, values, (B, H, T, D) each"""
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3C) -> (B, T, 3, H, D)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        return [y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv]
 
     def weights(self, x):
         """
@@ -319,19 +320,21 @@ class CausalSelfAttention(nn.Module):
         For readers; `forward` computes the same inside one fused kernel.
         """
         q, k, _ = self.project(x)
-        scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, T)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
         future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
         return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
     def forward(self, x, cache=None):
         q, k, v = self.project(x)
-        mask = None  # the fused kernel has the causal mask built in
-        if cache is not None:
+        mask = None
+        if cache is not None:  # only in generation, see KVCache
             k, v = cache.update(self, k, v)
             mask = cache.mask
-        dropout = self.dropout.p if self.training else 0.0  # the kernel does not know of eval mode
-        # weights(x) @ v, without ever storing the (T, T) weights (FlashAttention, Dao et al. 2022)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        dropout_p = self.dropout.p if self.training else 0.0  # a function ignores model.eval()
+        # weights(x) @ v in one kernel, which never stores the (T, T) weights (Dao et al. 2022)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
+        )
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): the heads side by side
         return self.dropout(self.c_proj(y))
 
@@ -346,7 +349,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # GPT-2 was trained with the tanh approximation of GELU; the exact form shifts the logits
+        # OpenAI's GELU is the tanh approximation
         x = F.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(x))
 
@@ -378,7 +381,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embedding
         self.wpe = nn.Embedding(config.context_length, config.n_embd)  # learned position embedding
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # the blocks
         self.ln_f = nn.LayerNorm(config.n_embd)
 
         for name, parameter in self.named_parameters():
@@ -390,6 +393,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
+            # else a LayerNorm weight: it stays 1
 
     def features(self, ids, cache=None):
         """
@@ -397,7 +401,7 @@ class GPT(nn.Module):
 
         With a KVCache, `ids` continue the texts in the cache: they take the next positions and
         attend to the earlier tokens too. Raises ValueError for more than context_length ids; with
-        a cache, the caller keeps the whole text within it.
+        a cache, the caller makes sure that all tokens together fit.
         """
         n_tokens = ids.size(1)
         if n_tokens > self.config.context_length:
@@ -411,7 +415,7 @@ class GPT(nn.Module):
             x = block(x, cache)
         return self.ln_f(x)
 
-    def head(self, x):
+    def lm_head(self, x):
         """
         Hidden states to logits. (..., C) -> (..., V)
         The output head shares the token embedding matrix (weight tying, Press and Wolf 2017).
@@ -423,7 +427,7 @@ class GPT(nn.Module):
         ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over the
         targets that are not -100.
         """
-        logits = self.head(self.features(ids))
+        logits = self.lm_head(self.features(ids))
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -442,7 +446,8 @@ class GPT(nn.Module):
             tokens that have a total probability of p. With top_k, among those k.
         eos_id: this id ends a row and is not returned. generator: a torch.Generator.
 
-        A text that outgrows the context is cut to its last half, and read again from position 0.
+        A text that outgrows the context is cut to its last half and read again from position 0;
+        cutting less would mean to read it again more often.
         Raises ValueError for a prompt or a setting out of range.
         """
         sampling = (temperature, top_k, top_p, generator)
@@ -481,7 +486,7 @@ class GPT(nn.Module):
                 else:
                     last_ids = torch.tensor([text[-1:] for text in texts.values()])  # (B, 1)
                     x = self.features(last_ids.to(logits.device), cache)  # (B, 1, C)
-                    logits = self.head(x[:, 0])  # (B, V)
+                    logits = self.lm_head(x[:, 0])  # (B, V)
                 next_ids = sample(logits, *sampling).tolist()
 
                 step = {row: i for row, i in zip(texts, next_ids) if i != eos_id}
@@ -505,7 +510,7 @@ class GPT(nn.Module):
         cache = KVCache(len(texts), n_columns, device)
         x = self.features(ids, cache)  # (B, T, C)
         cache.lengths = lengths  # forgets the padding: the next tokens overwrite it
-        return cache, self.head(x[torch.arange(len(texts)), lengths - 1])
+        return cache, self.lm_head(x[torch.arange(len(texts)), lengths - 1])  # the last tokens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -524,14 +529,15 @@ class KVCache:
         self.n_columns = n_columns
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # tokens in each row
         self.layers = {}  # attention layer -> (keys, values)
-        self.mask = None
+        self.positions = None  # of the new tokens (B, T)
+        self.mask = None  # what the new tokens attend to (B, 1, T, columns); None: each other
 
     def extend(self, n_tokens):
         """Begin to read n_tokens more in each row. -> their positions (B, T)"""
         new = torch.arange(n_tokens, device=self.lengths.device)
         self.positions = self.lengths[:, None] + new
         self.lengths = self.lengths + n_tokens
-        if self.layers:  # each new token attends to the columns up to its own position
+        if self.layers:  # not the first read: attend to all columns up to one's own position
             columns = torch.arange(int(self.lengths.max()), device=self.lengths.device)
             self.mask = columns <= self.positions[:, None, :, None]  # (B, 1, T, columns)
         return self.positions
@@ -576,7 +582,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
     logits, ids = logits.topk(min(top_k, V))  # (B, k) each, the most likely first
     probs = (logits / temperature).softmax(dim=-1)
-    # Drop each token whose more likely ones have a total probability of p or more
+    # Nucleus sampling: keep the most likely tokens until their total probability reaches p
     probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
     return ids.gather(-1, choice)[:, 0]
@@ -610,19 +616,21 @@ def tour():
     print(f"Tokens          {'|'.join(tokens)}")
     print(f"Ids             {ids}")
     dataset = TokenDataset(ids, context_length=len(ids) - 1)
-    inputs, targets = (row[None] for row in dataset[0])  # a batch of one, (1, T)
+    inputs, targets = (x[None] for x in dataset[0])  # a batch of one, (1, T)
     pairs = ", ".join(f"{a!r} -> {b!r}" for a, b in zip(tokens[:4], tokens[1:5]))
     print(f"To be learned   {pairs} ...")
 
     model = GPT(GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64))
     x = model.wte(inputs) + model.wpe(torch.arange(inputs.size(1)))
     print(f"\nEmbeddings      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): token + position")
-    print(f"Attention       {list(model.h[0].attn.weights(x).shape)} (B, H, T, T): who reads whom")
+    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))
+    print(f"Attention       {list(pattern.shape)} (B, H, T, T): what each token takes from each")
     print(f"Hidden states   {list(model.features(inputs).shape)} (B, T, C), after 2 blocks")
     print(f"Logits          {list(model(inputs).shape)} (B, T, V): scores of every next token")
 
     loss = model(inputs, targets)
-    print(f"\nUntrained       loss {loss:.2f}; a uniform guess has ln V = {math.log(512):.2f}")
+    uniform = math.log(tokenizer.vocab_size)
+    print(f"\nUntrained       loss {loss:.2f}; a uniform guess has ln V = {uniform:.2f}")
     show_predictions(model, tokenizer, inputs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(50):
@@ -637,8 +645,9 @@ def tour():
     pattern = model.h[0].attn.weights(model.h[0].ln_1(x))[0, 0]  # (T, T)
     print("\nAttention pattern of the first head: each row is a token that reads, darker is more.")
     print("The causal mask hides the tokens to come, in the upper right.\n")
+    shades = " .:-=+*#%@"
     for token, row in zip(tokens, pattern / pattern.amax(dim=-1, keepdim=True)):
-        cells = "".join(2 * " .:-=+*#%@"[int(9.9 * weight)] for weight in row)
+        cells = "".join(2 * shades[int(9.9 * weight)] for weight in row)  # 0 to 1 -> a shade
         print(f"{token:>8} |{cells}|")
 
     print(f"\nIt writes       {tokens[0]}", end="")

@@ -52,9 +52,9 @@ def read_safetensors(path):
     """
     File -> {name: tensor}. The tensors are views of the memory-mapped file: they take no memory
     until they are read, and writing to them does not change the file.
-    Raises ValueError if the file is not consistent in every byte.
+    Raises ValueError if the header and the file do not fit in every byte.
     """
-    with open(path, "rb") as file, damaged(path):
+    with open(path, "rb") as file, named_errors(path):
         size = os.fstat(file.fileno()).st_size
         header_size = int.from_bytes(file.read(8), "little")
         if header_size > size - 8:
@@ -69,7 +69,8 @@ def read_safetensors(path):
             if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"the tensor {name} has the shape {shape}")
             n_elements = math.prod(shape)
-            begin, end = end, end + n_elements * dtype.itemsize
+            begin = end
+            end += n_elements * dtype.itemsize
             if entry["data_offsets"] != [begin, end] or end > len(data):
                 raise ValueError(f"the tensor {name} does not fit its place in the file")
             if n_elements:
@@ -87,12 +88,13 @@ def write_safetensors(path, tensors):
     header = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        begin = end
+        end += tensor.nbytes
         dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data starts at a multiple of 8
-    with complete_file(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -105,7 +107,7 @@ def unique_keys(pairs):
 
 
 @contextlib.contextmanager
-def damaged(path):
+def named_errors(path):
     """Turn any error about the content of a file into one ValueError that names the file."""
     try:
         yield
@@ -118,8 +120,8 @@ def damaged(path):
 
 
 @contextlib.contextmanager
-def complete_file(path):
-    """`with complete_file(path) as part:` write to `part`, which is renamed when it is complete."""
+def atomic_write(path):
+    """`with atomic_write(path) as part:` write to `part`, which is renamed when it is complete."""
     part = Path(f"{path}.part")
     try:
         yield part
@@ -134,9 +136,9 @@ def complete_file(path):
 # OpenAI stored these matrices as (in, out); nn.Linear has (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# What config.json calls the sizes of a GPTConfig
+# config.json's names of the sizes in a GPTConfig
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-SIZES["n_positions"] = "context_length"
+SIZES |= {"n_positions": "context_length"}
 
 # Settings of transformers' GPT-2 that change what is computed, with the one value supported here
 FIXED_SETTINGS = {
@@ -164,7 +166,7 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
         folder = fetch_from_hub(str(name_or_folder), revision)
     config = read_config(folder / "config.json")
     weights = {name.removeprefix("transformer."): w for name, w in read_weights(folder).items()}
-    with damaged(folder), torch.device("meta"):  # allocates nothing and initializes nothing
+    with named_errors(folder), torch.device("meta"):  # parameters without memory
         if config.n_layer > len(weights):
             raise ValueError(f"config.json has {config.n_layer} layers, the weights have fewer")
         model = GPT(config)
@@ -173,12 +175,12 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
 
 
 def assign_weights(model, weights, folder):
-    """Make tensors, as `read_weights` returns them, the parameters of a model."""
-    with damaged(folder):
+    """Make tensors the parameters of a model. weights: {name in the model: tensor of a file}"""
+    with named_errors(folder):
         parameters = {}
         for name, weight in weights.items():
             if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # OpenAI's files also hold the causal masks
+                continue  # causal masks, in the published files
             if not weight.is_floating_point():
                 raise ValueError(f"{name} is quantized ({weight.dtype})")
             parameters[name] = weight.t() if name.endswith(TRANSPOSED) else weight
@@ -209,7 +211,7 @@ def read_weights(folder):
 def read_weight_map(path):
     """model.safetensors.index.json -> {name of a tensor: file name of its shard}"""
     weight_map = read_json(path).get("weight_map")
-    with damaged(path):
+    with named_errors(path):
         for shard in weight_map.values():
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):  # no paths to other folders
                 raise ValueError(f"{shard} is not the name of a shard")
@@ -217,7 +219,7 @@ def read_weight_map(path):
 
 
 def read_json(path):
-    with damaged(path):
+    with named_errors(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
@@ -229,7 +231,7 @@ def read_config(path):
     content = read_json(path)
     if content.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {content.get('model_type')}, not gpt2")
-    with damaged(path):
+    with named_errors(path):
         config = GPTConfig(**{SIZES[key]: content[key] for key in SIZES if key in content})
         for key, value in (FIXED_SETTINGS | {"n_inner": 4 * config.n_embd}).items():
             if content.get(key) not in (None, value):
@@ -247,7 +249,7 @@ def read_tokenizer(folder, vocab_size):
             raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
         return Tokenizer.gpt2()
     vocab = read_json(folder / "vocab.json") if has_merges else {}
-    with damaged(path):
+    with named_errors(path):
         if has_merges:
             merges = read_merges(path.read_text(encoding="utf-8"))
         else:
@@ -306,7 +308,7 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
 
 
 def write_json(path, content):
-    with complete_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -330,7 +332,10 @@ def hf_config(config, tokenizer, dtype=torch.float32):
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS}
 HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # whole, or the list of shards
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # whole, or the list of shards
 
 
 def hub_home():
@@ -345,11 +350,12 @@ def cached_repository(hub_name):
 
 def find_cached(name, revision):
     """-> the repository in the cache that has weights of a model, their commit; or None, None"""
-    for hub_name in (HUB_NAMES.get(name, name), name):  # other tools file "gpt2" as "gpt2"
+    for hub_name in (HUB_NAMES.get(name, name), name):  # "gpt2" may be cached under either name
         repository = cached_repository(hub_name)
         ref = repository / "refs" / revision
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        if any((repository / "snapshots" / commit / name).exists() for name in WEIGHTS):
+        snapshot = repository / "snapshots" / commit
+        if any((snapshot / file_name).exists() for file_name in WEIGHTS_FILES):
             return repository, commit
     return None, None
 
@@ -383,7 +389,7 @@ def fetch_from_hub(name, revision):
             repository = cached_repository(hub_name)
             ref = repository / "refs" / revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            with complete_file(ref) as part:
+            with atomic_write(ref) as part:
                 part.write_text(commit, encoding="utf-8")
         snapshot = repository / "snapshots" / commit
 
@@ -400,7 +406,8 @@ def fetch_from_hub(name, revision):
 
         fetch("config.json")
         read_config(snapshot / "config.json")  # refuse other models before gigabytes are downloaded
-        weights, index = WEIGHTS
+        weights, index = WEIGHTS_FILES
+        # One file, or shards and their index. What is cached is not asked for again.
         if ((snapshot / index).exists() or not fetch(weights)) and fetch(index):
             for shard in sorted(set(read_weight_map(snapshot / index).values())):
                 fetch(shard)
@@ -421,10 +428,6 @@ def fetch_from_hub(name, revision):
 
 TIMEOUT = 20  # seconds without an answer, or without a byte
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt
-RETRIED = (
-    *(requests.ConnectionError, requests.Timeout, requests.HTTPError),
-    requests.exceptions.ChunkedEncodingError,
-)
 LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of five minutes
 
 
@@ -458,9 +461,11 @@ def with_retries(attempt, measure=int):
         size = measure()
         try:
             return attempt()
-        except RETRIED as error:
+        except requests.RequestException as error:
             waits = list(WAITS) if measure() > size else waits
             wait = waits.pop(0) if waits else math.inf
+            if isinstance(error, ValueError):  # an invalid URL
+                raise
             if error.response is not None:
                 if error.response.status_code < 500 and error.response.status_code not in (
                     416,
@@ -689,9 +694,11 @@ def main():
         dtype = getattr(torch, args.dtype)
     model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
     if args.evaluate:
-        with damaged(args.evaluate):
+        with named_errors(args.evaluate):
             ids = tokenizer.encode(Path(args.evaluate).read_text(encoding="utf-8"))
-            loss = evaluate_text(model, ids)
+            if len(ids) < 2:
+                raise ValueError("a text of at least two tokens is needed")
+        loss = evaluate_text(model, ids)
         n, context_length = len(ids) - 1, model.config.context_length
         print_line(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {n:,} tokens "
@@ -700,7 +707,7 @@ def main():
         return
     prompt = args.prompt
     if prompt == "-":
-        with damaged("standard input"):
+        with named_errors("standard input"):
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)

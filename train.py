@@ -6,7 +6,7 @@ Pretraining, and the training loop that finetuning uses too.
     python train.py --bin 'data/corpus/*.bin' --model gpt2          token files
     torchrun --nproc_per_node=8 train.py --text book.txt            several GPUs
 
-The same command, given again, goes on where a run was stopped.
+Run the same command again to go on where it was stopped.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from torch.utils.data import ConcatDataset, default_collate
 
 import load_gpt2
 from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, create_dataloader, eval_mode
-from load_gpt2 import complete_file, damaged, fast_dtype, print_line, show_progress
+from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_progress
 
 # --------------------------------------------------------------------------------------------------
 # Settings: the fields of a dataclass are also the options of the command line
@@ -60,16 +60,18 @@ def add_options(parser, config_class):
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = option(200, "updates of the weights", may_change=True)
-    batch_size: int = option(16, "rows per update, over all processes")
+    batch_size: int = option(16, "sequences per update, over all processes")
     micro_batch_size: int | None = option(
-        None, "rows in the model at once, to save memory (default: all)", type=int, may_change=True
+        None, "sequences in the model at once (gradient accumulation)", type=int, may_change=True
     )
-    optimizer: str = option("adamw", "muon is for the matrices in the blocks; adamw or muon")
-    learning_rate: float = option(1e-3, "its peak, after warmup")
-    warmup: int = option(20, "steps in which the learning rate rises")
-    weight_decay: float = option(0.1, "of matrices")
-    grad_clip: float = option(1.0, "the largest gradient norm; above, gradients are scaled down")
-    eval_every: int = option(50, "steps from one validation, sample and saved state to the next")
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for matrices in blocks, AdamW for the rest"
+    )
+    learning_rate: float = option(1e-3, "peak learning rate")
+    warmup: int = option(20, "steps of linear warmup")
+    weight_decay: float = option(0.1, "weight decay of matrices")
+    grad_clip: float = option(1.0, "clip the gradient norm to this")
+    eval_every: int = option(50, "steps between validations; also samples and saves")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, the faster one")
     seed: int = option(1, "of weights, shuffling, dropout and samples")
 
@@ -79,7 +81,7 @@ class TrainConfig:
             raise ValueError("steps, batch sizes, eval-every and grad-clip must be positive")
         if self.seed < 0:
             raise ValueError("the seed must not be negative")
-        if self.optimizer not in ("adamw", "muon"):
+        if self.optimizer not in ("adamw", "muon", None):
             raise ValueError(f"optimizer {self.optimizer} is not adamw or muon")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype} is not auto, float32 or bfloat16")
@@ -87,9 +89,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    out: Path | None = option(None, "folder of the run", type=Path, may_change=True)
+    out: Path | None = option(None, "output folder", type=Path, may_change=True)
     overwrite: bool = option(
-        False, "replace the run in this folder", action="store_true", may_change=True
+        False, "replace the run in the output folder", action="store_true", may_change=True
     )
     device: str = option(
         load_gpt2.default_device(),
@@ -105,63 +107,62 @@ class RunConfig(TrainConfig):
 
 
 def train(
-    model, get_batch, val_loader, config, out, *, save, report=dict, settings=None, checkpoint=None
+    model, get_batch, val_loader, config, out, *, save, report=None, settings=None, checkpoint=None
 ):
     """
     Train a model on the device where it is.
 
-    get_batch: a function, number of the step -> its batch. It must depend on nothing else, so that
-        a resumed run repeats what an uninterrupted one does; see `shuffled_rows`.
-    Before the first step, every eval_every steps and at the end: compute the mean loss over
-    val_loader (an iterable of batches), call save() if it is the lowest so far and report() for
-    more columns of losses.csv, and write losses.csv and resume.pt. settings and checkpoint: from
-    `read_checkpoint`.
+    get_batch: a function, step -> batch. It must depend on nothing else, so that a resumed run
+        repeats what an uninterrupted one does; see `shuffled_rows`.
+    val_loader: an iterable of batches.
+    settings, checkpoint: from `read_checkpoint`.
 
+    At the start, every eval_every steps and at the end:
+        compute the mean loss over val_loader; if it is the best so far, call save();
+        call report(), which may return more columns for losses.csv;
+        write losses.csv and resume.pt.
     Ctrl-C and SIGTERM save and stop the run after the current step; then the signal is returned,
     else None. Raises FloatingPointError for a loss that is not finite.
     """
     out = Path(out)
     rank, world_size = process_rank()
     if config.batch_size < world_size:
-        raise ValueError(f"a batch of {config.batch_size} rows for {world_size} processes")
+        raise ValueError(f"a batch of {config.batch_size} sequences for {world_size} processes")
     device = next(model.parameters()).device
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model, config)
-    step = 0
-    best_loss = math.inf
-    history = [{"step": 0}]  # the rows of losses.csv
+    state = {"step": 0, "validated_at": None, "best_loss": math.inf, "history": [{"step": 0}]}
     if checkpoint:
-        with damaged(out / "resume.pt"):
-            step, best_loss, history = (checkpoint[n] for n in ("step", "best_loss", "history"))
+        with named_errors(out / "resume.pt"):
+            state = {name: checkpoint[name] for name in state}
             model.load_state_dict(checkpoint["model"])
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        if rank == 0:
-            print(
-                f"{out}: {'finished at' if step >= config.steps else 'going on from'} step {step}"
-            )
+            for optimizer, optimizer_state in zip(
+                optimizers, checkpoint["optimizers"], strict=True
+            ):
+                optimizer.load_state_dict(optimizer_state)
+        what = "finished at" if state["step"] >= config.steps else "going on from"
+        print_on_rank_0(f"{out}: {what} step {state['step']}")
+    step, validated_at, best_loss, history = state.values()  # history: the rows of losses.csv
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
 
     def save_state():
         if rank == 0:
-            state = {"step": step, "best_loss": best_loss, "history": history}
-            state |= {"settings": settings, "model": model.state_dict()}
-            state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state = {"step": step, "validated_at": validated_at, "best_loss": best_loss}
+            state |= {"history": history, "settings": settings, "model": model.state_dict()}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             write_state(out, state)
 
     if step == 0:
-        save_state()  # the folder now belongs to this run
-    last_validation = step if step > 0 else None  # its results are in the checkpoint
-    progress = f"step {step:5d}/{config.steps}"
-    first_step = step
-    n_tokens = seconds = n_signals = 0
+        save_state()  # before the best weights: from now on the folder belongs to this run
+    status = f"step {step:5d}/{config.steps}"
+    n_signals = 0
     with catch_signals() as signals:
         while True:
-            is_due = step % config.eval_every == 0 or step == config.steps
-            if is_due and step != last_validation:
+            is_due = step % config.eval_every == 0 or step >= config.steps
+            if is_due and step != validated_at:
                 val_loss = evaluate(model, val_loader, autocast)
                 if not math.isfinite(val_loss):
                     raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
@@ -169,9 +170,10 @@ def train(
                 if rank == 0:
                     if val_loss < best_loss:
                         save()
-                    print_line(f"{progress} | val {val_loss:.4f}")
-                    history[-1] |= report()
+                    print_line(f"{status} | val {val_loss:.4f}")
+                    history[-1] |= (report and report()) or {}
                 best_loss = min(best_loss, val_loss)
+                validated_at = step
                 save_state()
             elif n_signals:
                 save_state()
@@ -182,9 +184,8 @@ def train(
 
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
-            torch.manual_seed(
-                hash((config.seed, step, rank))
-            )  # so that a resumed run drops the same
+            # Dropout depends on the step, so that a resumed run repeats it
+            torch.manual_seed(hash((config.seed, step, rank)))
             batch = get_batch(step)
             loss, norm = update(parallel_model, optimizers, learning_rate, batch, config, autocast)
             # Each process may have received a signal; all must stop after the same step
@@ -196,16 +197,12 @@ def train(
                 )
             step += 1
             history.append({"step": step, "learning_rate": learning_rate, "train_loss": loss})
-            if step <= first_step + 2:  # do not count the first step, which may compile the model
-                n_tokens = seconds = 0
-            n_tokens += batch[0].numel()
-            seconds += time.perf_counter() - start_time
-            seconds_per_step = seconds / max(1, step - first_step - 1)
-            left = timedelta(seconds=round(seconds_per_step * (config.steps - step)))
-            speed = f"{n_tokens / seconds:,.0f} tokens/s"
-            progress = f"step {step:5d}/{config.steps} | loss {loss:.4f} | {speed} | {left} left"
+            seconds = time.perf_counter() - start_time
+            left = timedelta(seconds=round(seconds * (config.steps - step)))
+            status = f"step {step:5d}/{config.steps} | loss {loss:.4f}"
+            status += f" | {batch[0].numel() / seconds:,.0f} tokens/s | {left} left"
             if rank == 0:
-                show_progress(progress)
+                show_progress(status)
     if rank == 0:
         plot_history(history, out / "losses.png")
     return None
@@ -222,17 +219,17 @@ def update(model, optimizers, learning_rate, batch, config, autocast):
     rank, world_size = process_rank()
     device = next(model.parameters()).device
     n_targets = int((batch[-1] != -100).sum())
-    rows = [x[rank::world_size] for x in batch]
+    local_batch = [x[rank::world_size] for x in batch]
     size = config.micro_batch_size or len(batch[0])
-    micro_batches = list(zip(*(x.split(size) for x in rows)))
+    micro_batches = list(zip(*(x.split(size) for x in local_batch)))
     loss = 0.0
     for i, micro_batch in enumerate(micro_batches):
-        share = int((micro_batch[-1] != -100).sum()) / n_targets
+        weight = int((micro_batch[-1] != -100).sum()) / n_targets
         is_last = i == len(micro_batches) - 1
         # Processes exchange gradients once, in the last backward pass
         with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
             with autocast:
-                micro_loss = model(*(x.to(device, non_blocking=True) for x in micro_batch)) * share
+                micro_loss = model(*(x.to(device, non_blocking=True) for x in micro_batch)) * weight
             # DistributedDataParallel averages gradients over the processes; here they add up
             (micro_loss * world_size).backward()
         loss += micro_loss.detach()
@@ -267,8 +264,8 @@ def scheduled_learning_rate(step, config):
     """Linear warmup, then cosine decay to 10 % (Brown et al. 2020, appendix B); step is from 0."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    decay = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * decay)) / 2)
 
 
 def create_optimizers(model, config):
@@ -309,23 +306,23 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                if not state:
-                    state["mean"] = torch.zeros_like(p)
-                state["mean"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(state["mean"], group["momentum"]))
+                if not state:  # the first step
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(state["momentum"], group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
 def orthogonalize(matrix):
     """Five Newton-Schulz steps: the singular vectors stay, the singular values come near 1."""
+    is_tall = len(matrix) > matrix.size(1)
     x = (matrix / matrix.norm().clamp(min=1e-7)).to(fast_dtype(matrix.device))
-    if len(matrix) > matrix.size(1):
-        x = x.T
+    x = x.T if is_tall else x
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.T  # the coefficients below are Jordan's
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if len(matrix) > matrix.size(1) else x).to(matrix.dtype)
+    return (x.T if is_tall else x).to(matrix.dtype)
 
 
 def shuffled_rows(step, n_rows, batch_size, order):
@@ -388,6 +385,11 @@ def process_rank():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def print_on_rank_0(line):
+    if process_rank()[0] == 0:
+        print(line, flush=True)
+
+
 def sum_over_processes(numbers, device):
     if not dist.is_initialized():
         return numbers
@@ -428,13 +430,15 @@ def read_checkpoint(out, config, content):
     """
     fixed = [f.name for f in fields(config) if not f.metadata["may_change"]]
     settings = {name: getattr(config, name) for name in fixed}
+    # A tuple, if it is a default, and a list from the command line are the same
+    settings = {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
     settings["content"] = hashlib.sha256(repr(content).encode()).hexdigest()
     path = out / "resume.pt"
     if config.overwrite or not any((out / name).exists() for name in ("resume.pt", "config.json")):
         return settings, None
     if not path.exists():
         raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
-    with damaged(path):
+    with named_errors(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before = checkpoint["settings"]
         if len(checkpoint["history"]) != checkpoint["step"] + 1:
@@ -442,7 +446,8 @@ def read_checkpoint(out, config, content):
         changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         name = changed[0]
-        what = f"--{name.replace('_', '-')} was {before.get(name)} and is {settings[name]}"
+        values = ("the default" if v is None else v for v in (before.get(name), settings[name]))
+        what = "--{} was {} and is {}".format(name.replace("_", "-"), *values)
         what = "the data or the vocabulary has changed" if name == "content" else what
         raise ValueError(f"{out} holds a run, but {what}; --overwrite replaces the run")
     return settings, checkpoint
@@ -454,9 +459,9 @@ def write_state(out, state):
     columns = dict.fromkeys(name for row in history for name in row)
     lines = [",".join(columns)]
     lines += [",".join(str(row.get(column, "")) for column in columns) for row in history]
-    with complete_file(out / "losses.csv") as part:
+    with atomic_write(out / "losses.csv") as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with complete_file(out / "resume.pt") as part:
+    with atomic_write(out / "resume.pt") as part:
         try:
             torch.save(state, part)
         except RuntimeError as error:  # of a full disk
@@ -479,7 +484,7 @@ def plot_history(history, path):
             axes.plot(*zip(*points), label=name, alpha=0.7)
         axes.set(xlabel="step", ylabel=kind)
         axes.legend()
-    with complete_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
@@ -497,11 +502,10 @@ def find_files(names, folder):
             found = [folder / re.sub(r"[^\w.-]+", "-", name.partition("://")[2])]
             load_gpt2.download(name, found[0])
         else:
-            found = [Path(name)] if Path(name).exists() else map(Path, sorted(glob.glob(name)))
-        n_before = len(paths)
-        paths += found
-        if len(paths) == n_before:
+            found = [name] if Path(name).exists() else sorted(glob.glob(name))
+        if not found:
             raise ValueError(f"{name}: no such file")
+        paths += map(Path, found)
     return paths
 
 
@@ -515,7 +519,7 @@ def read_documents(paths):
         )
     documents = []
     for path in paths:
-        with damaged(path):
+        with named_errors(path):
             text = path.read_text(encoding="utf-8-sig")
         documents += re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
     documents = [document for document in documents if document.strip()]
@@ -525,12 +529,12 @@ def read_documents(paths):
 
 
 def encode_documents(documents, tokenizer):
-    """-> one array of ids, with an end-of-text after each document; on all cores"""
+    """-> one array of ids, with an end-of-text before each document; on all cores"""
 
     def encode(document):
-        return np.array([*tokenizer.encode(document), tokenizer.eot], dtype=np.int32)
+        return np.array([tokenizer.eot, *tokenizer.encode(document)], dtype=np.int32)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads, because tiktoken releases the GIL
         return np.concatenate(list(pool.map(encode, documents)))
 
 
@@ -586,8 +590,8 @@ def split_tokens(shards, context_length):
 
 # Sizes that two CPU cores train in minutes. Their vocabulary is learned from the text.
 SMALL_CONFIGS = {
-    "nano": GPTConfig(3072, context_length=128, n_layer=4, n_head=4, n_embd=256, dropout=0.35),
-    "mini": GPTConfig(4096, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+    "nano": GPTConfig(2048, context_length=256, n_layer=4, n_head=4, n_embd=256, dropout=0.1),
+    "mini": GPTConfig(2048, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
 }
 MODELS = SMALL_CONFIGS | GPT2_CONFIGS
 STORIES = Path(__file__).with_name("data") / "stories.txt"
@@ -595,15 +599,26 @@ STORIES = Path(__file__).with_name("data") / "stories.txt"
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
+    steps: int = option(500, "updates of the weights", may_change=True)
+    batch_size: int = option(8, "sequences per update, over all processes")
+    optimizer: str | None = option(None, "default: muon for small models, else adamw", type=str)
+    learning_rate: float | None = option(
+        None, "peak (default: 6e-3 for small models, else 6e-4)", type=float
+    )
+    eval_every: int = option(100, "steps between validations; also samples and saves")
     out: Path | None = option(
-        None, "folder of the run (default: out/NAME OF THE TEXT)", type=Path, may_change=True
+        None, "output folder (default: out/NAME of the text)", type=Path, may_change=True
     )
     # Data may move; its content is compared when a run goes on
     text: list | None = option(
         None, "files, URLs (default: data/stories.txt)", nargs="+", type=str, may_change=True
     )
     bin: list | None = option(
-        None, "token files instead of texts", nargs="+", type=str, may_change=True
+        None,
+        "instead: token files; val in a name means for validation",
+        nargs="+",
+        type=str,
+        may_change=True,
     )
     model: str = option("nano", "size of the model", choices=MODELS)
     init: str | None = option(
@@ -632,6 +647,10 @@ class PretrainConfig(RunConfig):
             raise ValueError("--init brings its own vocabulary")
 
 
+def is_small(config):
+    return config.n_embd < GPTConfig.n_embd  # smaller than any published GPT-2
+
+
 def create_model(config, documents):
     """-> a model with random weights or those of --init, its tokenizer"""
     torch.manual_seed(config.seed)
@@ -643,7 +662,7 @@ def create_model(config, documents):
     sizes = MODELS[config.model]
     vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
     if config.tokenizer:
-        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, 2**16)
+        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)
     elif config.bin or vocab_size == GPTConfig.vocab_size:
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
@@ -679,14 +698,19 @@ def pretrain(config, out, device):
         )
     training, validation = split_tokens(shards, context_length)
     train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
+    # eval_windows windows, evenly spread
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
     val_data = ConcatDataset(
         [TokenDataset(tokens, context_length, stride) for tokens in validation]
     )
 
-    # The beginning of each token file stands for all of it
+    # A fingerprint of the data, to refuse to go on with other data
     content = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
     settings, checkpoint = read_checkpoint(out, config, (content, tokenizer.vocab))
+    if config.optimizer is None:
+        config = replace(config, optimizer="muon" if is_small(model.config) else "adamw")
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=6e-3 if is_small(model.config) else 6e-4)
     if config.micro_batch_size is None and device.type == "cpu":
         # On a CPU, more tokens at once take more memory, but no less time
         config = replace(config, micro_batch_size=max(1, 2048 // context_length))
@@ -706,19 +730,17 @@ def pretrain(config, out, device):
         new_ids = model.stream(prompt, 100, generator=generator, **options)
         text = config.prompt + tokenizer.decode(new_ids)
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
-        return {}
 
     model.to(device)
     if config.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         print("torch.compile needs Triton, which is not installed: going on without it")
     elif config.compile:
         model.compile()  # in place, so that parameters keep their names
-    if process_rank()[0] == 0:
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"{n_parameters / 1e6:.1f}M parameters; {len(train_data):,} windows of "
-            f"{context_length} tokens, {len(val_data)} for validation; {device}"
-        )
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print_on_rank_0(
+        f"{n_parameters / 1e6:.1f}M parameters; {len(train_data):,} windows of {context_length} "
+        f"tokens, {len(val_data)} for validation; {device}"
+    )
     return train(
         model, get_batch, val_loader, config, out, settings=settings, checkpoint=checkpoint,
         save=lambda: load_gpt2.save_gpt2(model, tokenizer, out), report=show_sample,
@@ -736,9 +758,8 @@ def main():
     device = start_processes(config.device)
     with run_folder(out):
         stopped_by = pretrain(config, out, device)
-    if process_rank()[0] == 0:
-        done = f'finished: python load_gpt2.py {out} --prompt "{config.prompt}"'
-        print("stopped; the same command goes on" if stopped_by else done)
+    finished = f'finished: python load_gpt2.py {out} --prompt "{config.prompt}"'
+    print_on_rank_0("stopped; the same command goes on" if stopped_by else finished)
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped_by:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpt import Tokenizer
 from load_gpt2 import (
     CommandLine,
-    complete_file,
-    damaged,
+    atomic_write,
+    named_errors,
     one_line_errors,
     print_line,
     read_json,
@@ -82,17 +82,18 @@ def encode_piece(piece, tokenizer, bin_path):
     with open(path, "rb") as file:
         file.seek(begin)
         data = file.read(end - begin)
-    with damaged(path):
+    with named_errors(path):
         text = data.decode("utf-8").removeprefix("\ufeff")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-    ids = [tokenizer.eot] * (begin == 0)  # so that every document stands between two of them
+    ids = []
     for i, document in enumerate(documents):
-        ids += [tokenizer.eot] * (i > 0)
+        if begin == 0 or i > 0:  # else the piece begins within a document
+            ids.append(tokenizer.eot)
         ids += tokenizer.encode(document)
     header = np.zeros(256, dtype="<i4")
     header[:3] = (20240520, 1, len(ids))
-    with complete_file(bin_path) as part, open(part, "wb") as file:
+    with atomic_write(bin_path) as part, open(part, "wb") as file:
         file.write(header.tobytes())
         file.write(np.array(ids, dtype="<u2").tobytes())
     return end - begin, len(ids)

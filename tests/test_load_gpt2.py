@@ -20,7 +20,7 @@ import load_gpt2
 from gpt import END_OF_TEXT, GPT, GPTConfig, Tokenizer
 from load_gpt2 import (
     DTYPES,
-    complete_file,
+    atomic_write,
     read_safetensors,
     save_folder,
     save_gpt2,
@@ -87,11 +87,11 @@ def test_writing_replaces_a_file_whole_or_not_at_all(tmp_path):
 
 def test_complete_file(tmp_path):
     path = tmp_path / "x"
-    with complete_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
-    with pytest.raises(KeyError), complete_file(path) as part:
+    with pytest.raises(KeyError), atomic_write(path) as part:
         part.write_text("tw")
         raise KeyError
     assert path.read_text() == "one"
@@ -980,12 +980,12 @@ def test_one_line_errors_lets_faults_of_the_code_through():
 
 @pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("a"), RecursionError("a")], ids=repr)
 def test_damaged_names_the_file(error):
-    with pytest.raises(ValueError, match="^x.bin: .*a"), load_gpt2.damaged("x.bin"):
+    with pytest.raises(ValueError, match="^x.bin: .*a"), load_gpt2.named_errors("x.bin"):
         raise error
 
 
 def test_damaged_lets_errors_of_the_system_through():
-    with pytest.raises(FileNotFoundError), load_gpt2.damaged("x.bin"):
+    with pytest.raises(FileNotFoundError), load_gpt2.named_errors("x.bin"):
         raise FileNotFoundError
 
 

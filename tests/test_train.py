@@ -592,9 +592,9 @@ def test_a_run_goes_on_with_more_steps_and_other_means(monkeypatch, capsys, quic
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--learning-rate", 0.002], "--learning-rate was 0.001 and is 0.002"),
-        (["--optimizer", "muon"], "--optimizer was adamw"),
-        (["--dropout", 0.3], "--dropout was None"),
+        (["--learning-rate", 0.002], "--learning-rate was the default and is 0.002"),
+        (["--optimizer", "adamw"], "--optimizer was the default"),
+        (["--dropout", 0.3], "--dropout was the default"),
         (["--prompt", "The"], "--prompt was One day"),
         (["--text", "{}/other.txt"], "the data or the vocabulary has changed"),
     ],
@@ -717,7 +717,8 @@ def test_a_run_leaves_a_folder_that_opens(monkeypatch, quick, tmp_path, capsys):
     assert model.config.vocab_size == tokenizer.vocab_size == 300
     assert model.config.context_length == 16
     # The folder holds the weights with the best validation loss: measured again, they give it
-    ids = tokenizer.encode((tmp_path / "text.txt").read_text("utf-8")) + [tokenizer.eot]
+    documents = (tmp_path / "text.txt").read_text("utf-8").split("<|endoftext|>\n")
+    ids = [i for document in documents for i in [tokenizer.eot, *tokenizer.encode(document)]]
     ids = ids[-(len(ids) // 10) :]
     stride, last = max(16, math.ceil(len(ids) / 8)), len(ids) - 17
     total, counted = 0.0, set()
@@ -806,7 +807,7 @@ def test_a_line_with_the_mark_separates_documents(captured, tmp_path):
     documents = ["One, <|endoftext|> in a line.\n", "\nTwo.\n", "Three.\n", "Four, über 東京."]
     assert read_documents(texts) == documents
     tokenizer = load_gpt2(TINY)[1]
-    ids = [i for document in documents for i in [*tokenizer.encode(document), tokenizer.eot]]
+    ids = [i for document in documents for i in [tokenizer.eot, *tokenizer.encode(document)]]
     given = captured("--text", *texts, "--context-length", 4)
     n_val = len(ids) // 10
     windows = [ids[i : i + 4] for i in range(0, len(ids) - n_val - 5, 4)]

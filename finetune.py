@@ -172,7 +172,7 @@ class InstructionDataset(list):
     counts them); those without room for a response are left out. `entries` are those of the rows.
     """
 
-    def __init__(self, entries, tokenizer, context_length, train_on_prompt=False):
+    def __init__(self, entries, tokenizer, context_length):
         self.entries = []
         self.n_truncated = 0
         for entry in entries:
@@ -183,9 +183,8 @@ class InstructionDataset(list):
             self.n_truncated += len(ids) > context_length + 1
             ids = torch.tensor(ids[: context_length + 1])
             targets = ids[1:].clone()
-            if not train_on_prompt:
-                # The target of the last prompt token is the first token of the response
-                targets[: len(prompt) - 1] = -100
+            # The target of the last prompt token is the first token of the response
+            targets[: len(prompt) - 1] = -100
             self.append((ids[:-1], targets))
             self.entries.append(entry)
 
@@ -450,20 +449,20 @@ def order_by_length(lengths, batch_size, seed):
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    steps: int | None = option(None, "instead of --epochs", type=int, may_change=True)
-    learning_rate: float | None = option(
-        None, "its peak (default: 1e-3 for LoRA and small models, else 5e-5)", type=float
-    )
-    eval_every: int | None = option(None, "steps between validations (default: an epoch)", type=int)
-    epochs: float = option(10.0, "how often each row is seen", may_change=True)
+    steps: int | None = option(None, "instead of --epochs")
+    learning_rate: float | None = option(None, "peak; default: 5e-5, LoRA and small models 1e-3")
+    eval_every: int | None = option(None, "steps between validations (default: an epoch)")
+    epochs: float = option(10.0, "how often each row is seen")
     init: str = option("out/stories", "the base model: a folder, a name on the hub, or random")
-    data: str = option("", "file or URL with the rows", may_change=True)
-    context_length: int | None = option(None, "tokens per row (default: the model's)", type=int)
-    dropout: float | None = option(None, "default: 0.1; small models 0.3", type=float)
+    context_length: int | None = option(None, "tokens per row (default: the model's)")
+    dropout: float | None = option(None, "default: 0.1; small models 0.3")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
     lora_dropout: float = option(0.05, "dropout before the adapters")
-    lora_targets: tuple = option(LORA_TARGETS, "layers with adapters", nargs="+", type=str)
+    lora_targets: list | None = option(None, f"layers with adapters (default: {LORA_TARGETS})")
+
+    # Data may move; its content is compared
+    may_change = RunConfig.may_change | {"data", "epochs", "max_new_tokens"}
 
 
 # --init random: so small that it does not learn a thousand short texts by heart at once
@@ -512,7 +511,7 @@ def create_base(config, texts, min_context=0):
         model.load_state_dict(weights)
     if config.lora_rank:
         alpha, dropout = config.lora_alpha, config.lora_dropout
-        add_lora(model, config.lora_rank, alpha, dropout, config.lora_targets)
+        add_lora(model, config.lora_rank, alpha, dropout, config.lora_targets or LORA_TARGETS)
     return model, tokenizer, config
 
 
@@ -567,17 +566,15 @@ DATA = Path(__file__).with_name("data")
 
 @dataclass(frozen=True)
 class ClassifyConfig(FinetuneConfig):
-    data: str = option(str(DATA / "messages.tsv"), "file or URL with texts", may_change=True)
-    out: Path = option(Path("out/spam"), "folder of the run", may_change=True)
+    data: str = option(str(DATA / "messages.tsv"), "file or URL with texts and their classes")
+    out: Path = option(Path("out/spam"), "output folder")
     text_column: str = option("text", "column of the texts")
     label_column: str = option("label", "column of the classes")
-    balance: bool = option(False, "use equally many rows of each class", action="store_true")
+    balance: bool = option(False, "use equally many rows of each class")
     train: str | None = option(
-        None,
-        "what to train; last: the last block (default: last; all of a small model)",
+        None, "head, last (and the last block), all; default: last, of small models all",
         choices=["head", "last", "all"],
-        type=str,
-    )
+    )  # fmt: skip
 
 
 def classify(config):
@@ -639,7 +636,6 @@ def classify(config):
             best, _, _ = load_classifier(config.out)
             best.to(device)
             print_scores("after", best, loaders)
-            print_confusion(*predict_all(best, loaders[2]), classes)
             print(f'finished: python finetune.py predict {config.out} "{parts[2][0][0][:40]}"')
 
 
@@ -652,33 +648,13 @@ def print_scores(when, model, loaders):
     print()
 
 
-def print_confusion(logits, labels, classes):
-    """Rows: the true classes; columns: what they were predicted as"""
-    n = len(classes)
-    matrix = torch.bincount(n * labels + logits.argmax(dim=1), minlength=n * n).view(n, n)
-    width = max(8, *(len(name) + 2 for name in classes))
-    header = "".join(f"{name:>{width}}" for name in (*classes, "recall"))
-    print(f"{'':{width}}{header}")
-    for name, row, right in zip(classes, matrix, matrix.diag()):
-        cells = "".join(f"{n:{width}}" for n in row.tolist())
-        print(f"{name:>{width}}{cells}{right / row.sum():{width}.1%}")
-    precision = matrix.diag() / matrix.sum(dim=0).clamp(min=1)
-    print(f"{'precision':>{width}}" + "".join(f"{p:{width}.1%}" for p in precision) + "\n")
-
-
 @dataclass(frozen=True)
 class InstructConfig(FinetuneConfig):
-    data: str = option(str(DATA / "instructions.json"), "file or URL with rows", may_change=True)
-    out: Path = option(Path("out/assistant"), "folder of the run", may_change=True)
-    epochs: float = option(3.0, "how often each row is seen", may_change=True)
-    batch_size: int = option(8, "rows per update, over all processes")
-    train_on_prompt: bool = option(
-        False, "compute the loss on the prompts too", action="store_true"
-    )
-    compare: bool = option(
-        False, "write the responses of the base too", action="store_true", may_change=True
-    )
-    max_new_tokens: int = option(256, "longest response", may_change=True)
+    data: str = option(str(DATA / "instructions.json"), "file or URL with instructions")
+    out: Path = option(Path("out/assistant"), "output folder")
+    epochs: float = option(3.0, "how often each row is seen")
+    batch_size: int = option(8, "sequences per update, over all processes")
+    max_new_tokens: int = option(256, "longest response")
 
 
 def instruct(config):
@@ -694,10 +670,7 @@ def instruct(config):
         settings, checkpoint = read_checkpoint(config.out, config, (entries, tokenizer.vocab))
         model.to(device)
         context_length = model.config.context_length
-        datasets = [
-            InstructionDataset(part, tokenizer, context_length, config.train_on_prompt)
-            for part in parts
-        ]
+        datasets = [InstructionDataset(part, tokenizer, context_length) for part in parts]
         if not all(datasets):
             raise ValueError(f"{config.data}: too few rows fit into {context_length} tokens")
         training, validation, test = datasets
@@ -724,15 +697,8 @@ def instruct(config):
         if is_main:
             dtype = load_gpt2.fast_dtype(device)
             best, _ = load_gpt2.load_gpt2(config.out, device=device, dtype=dtype)
-            results = [dict(entry) for entry in test.entries]
-            models = {"response": best}
-            if config.compare:
-                base, _, _ = create_base(config, texts, min_context=256)
-                models["base_response"] = base.to(device, dtype)
-            for name, model in models.items():
-                responses = respond(model, tokenizer, test.entries, config.max_new_tokens)
-                for result, response in zip(results, responses):
-                    result[name] = response
+            responses = respond(best, tokenizer, test.entries, config.max_new_tokens)
+            results = [e | {"response": r} for e, r in zip(test.entries, responses)]
             write_json(config.out / "responses.json", results)
             for result in results[:3]:
                 print("\n" + "\n".join(f"{key:>13}: {text}" for key, text in result.items()))
@@ -806,22 +772,16 @@ Answer with the number alone."""
 
 def judge(responses, url, model):
     """Score responses with a larger model on a server that has OpenAI's chat API."""
-    kinds = ("response", "base_response")
-    columns = ("instruction", "input", "output", *kinds)
-    rows = read_rows(responses, Path("."), columns, optional=("input", *kinds))
-    for kind in kinds:
-        if not any(row[kind] for row in rows):
-            continue
-        scores = []
-        for i, row in enumerate(rows, 1):
-            prompt = JUDGE_PROMPT.format(**row | {"response": row[kind]})
-            scores.append(ask_for_score(url, model, prompt))
-            show_progress(f"{kind}: {i} of {len(rows)}")
-        valid = [score for score in scores if score is not None]
-        if not valid:
-            raise ValueError(f"{url}: none of {len(scores)} answers is a number from 0 to 100")
-        mean = sum(valid) / len(valid)
-        print_line(f"{kind}: mean score {mean:.1f} of {len(valid)} (of {len(scores)} asked for)")
+    columns = ("instruction", "input", "output", "response")
+    rows = read_rows(responses, Path("."), columns, optional=("input", "response"))
+    scores = []
+    for i, row in enumerate(rows, 1):
+        scores.append(ask_for_score(url, model, JUDGE_PROMPT.format(**row)))
+        show_progress(f"{i} of {len(rows)}")
+    valid = [score for score in scores if score is not None]
+    if not valid:
+        raise ValueError(f"{url}: none of {len(scores)} answers is a number from 0 to 100")
+    print_line(f"mean score {sum(valid) / len(valid):.1f} of {len(valid)} (of {len(scores)} rows)")
 
 
 def ask_for_score(url, model, prompt):

@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
 import filelock
 import numpy as np
@@ -44,29 +46,28 @@ from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_p
 # Settings: the fields of a dataclass are also the options of the command line
 
 
-def option(default, help, *, may_change=False, **for_argparse):
-    """may_change: whether a run can go on with another value."""
-    for_argparse |= {"default": default, "help": help}
-    if "action" not in for_argparse:
-        for_argparse.setdefault("type", type(default))
-    return field(default=default, metadata={"argparse": for_argparse, "may_change": may_change})
+def option(default, help, **for_argparse):
+    return field(default=default, metadata={"help": help, **for_argparse})
 
 
 def add_options(parser, config_class):
     for f in fields(config_class):
-        parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata["argparse"])
+        (kind,) = {*(get_args(f.type) or [f.type])} - {NoneType}  # int | None -> int
+        options = {"default": f.default, "type": kind, **f.metadata}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+            del options["type"]
+        if kind is list:
+            options |= {"type": str, "nargs": "+"}
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(200, "updates of the weights", may_change=True)
+    steps: int = option(200, "updates of the weights")
     batch_size: int = option(16, "sequences per update, over all processes")
-    micro_batch_size: int | None = option(
-        None, "sequences in the model at once (gradient accumulation)", type=int, may_change=True
-    )
-    optimizer: str = option(
-        "adamw", "adamw, or muon: Muon for matrices in blocks, AdamW for the rest"
-    )
+    micro_batch_size: int | None = option(None, "sequences at once (gradient accumulation)")
+    optimizer: str = option("adamw", "adamw, or muon: Muon for the matrices in the blocks")
     learning_rate: float = option(1e-3, "peak learning rate")
     warmup: int = option(20, "steps of linear warmup")
     weight_decay: float = option(0.1, "weight decay of matrices")
@@ -89,16 +90,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    out: Path | None = option(None, "output folder", type=Path, may_change=True)
-    overwrite: bool = option(
-        False, "replace the run in the output folder", action="store_true", may_change=True
-    )
-    device: str = option(
-        load_gpt2.default_device(),
-        "cpu, cuda or mps",
-        type=load_gpt2.usable_device,
-        may_change=True,
-    )
+    out: Path | None = option(None, "output folder")
+    overwrite: bool = option(False, "replace the run in the output folder")
+    device: str = option(load_gpt2.default_device(), "cpu, cuda, mps", type=load_gpt2.usable_device)
+
+    # What may change when a run goes on
+    may_change = {"steps", "micro_batch_size", "out", "overwrite", "device"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,10 +425,8 @@ def read_checkpoint(out, config, content):
     content: what the run learns from. Raises ValueError if a setting or the content has changed, or
     if the folder holds something else.
     """
-    fixed = [f.name for f in fields(config) if not f.metadata["may_change"]]
+    fixed = [f.name for f in fields(config) if f.name not in config.may_change]
     settings = {name: getattr(config, name) for name in fixed}
-    # A tuple, if it is a default, and a list from the command line are the same
-    settings = {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
     settings["content"] = hashlib.sha256(repr(content).encode()).hexdigest()
     path = out / "resume.pt"
     if config.overwrite or not any((out / name).exists() for name in ("resume.pt", "config.json")):
@@ -599,43 +594,26 @@ STORIES = Path(__file__).with_name("data") / "stories.txt"
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    steps: int = option(500, "updates of the weights", may_change=True)
+    steps: int = option(500, "updates of the weights")
     batch_size: int = option(8, "sequences per update, over all processes")
-    optimizer: str | None = option(None, "default: muon for small models, else adamw", type=str)
-    learning_rate: float | None = option(
-        None, "peak (default: 6e-3 for small models, else 6e-4)", type=float
-    )
+    optimizer: str | None = option(None, "default: muon for small models, else adamw")
+    learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
     eval_every: int = option(100, "steps between validations; also samples and saves")
-    out: Path | None = option(
-        None, "output folder (default: out/NAME of the text)", type=Path, may_change=True
-    )
-    # Data may move; its content is compared when a run goes on
-    text: list | None = option(
-        None, "files, URLs (default: data/stories.txt)", nargs="+", type=str, may_change=True
-    )
-    bin: list | None = option(
-        None,
-        "instead: token files; val in a name means for validation",
-        nargs="+",
-        type=str,
-        may_change=True,
-    )
+    out: Path | None = option(None, "output folder (default: out/NAME of the text)")
+    text: list | None = option(None, "files, URLs (default: data/stories.txt)")
+    bin: list | None = option(None, "instead: token files; val in a name: for validation")
     model: str = option("nano", "size of the model", choices=MODELS)
-    init: str | None = option(
-        None, "start from this model: a folder or a name on the hub", type=str
-    )
-    tokenizer: str | None = option(None, "folder of --bin's tokenizer (default: GPT-2's)", type=str)
-    vocab_size: int | None = option(None, "learn this vocabulary (default: the model's)", type=int)
-    context_length: int | None = option(None, "tokens in a window (default: the model's)", type=int)
-    dropout: float | None = option(None, "default: that of --model; 0 with --init", type=float)
+    init: str | None = option(None, "start from this model: a folder or a name on the hub")
+    tokenizer: str | None = option(None, "folder of the tokenizer of --bin (default: GPT-2's)")
+    vocab_size: int | None = option(None, "learn this vocabulary (default: the model's)")
+    context_length: int | None = option(None, "tokens in a window (default: the model's)")
+    dropout: float | None = option(None, "default: that of --model; 0 with --init")
     prompt: str = option("One day", "beginning of the samples")
     eval_windows: int = option(64, "windows in a validation")
-    compile: bool = option(
-        torch.cuda.is_available(),
-        "torch.compile the model",
-        action=argparse.BooleanOptionalAction,
-        may_change=True,
-    )
+    compile: bool = option(torch.cuda.is_available(), "torch.compile the model")
+
+    # Data may move; its content is compared
+    may_change = RunConfig.may_change | {"text", "bin", "compile"}
 
     def __post_init__(self):
         super().__post_init__()

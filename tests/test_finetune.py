@@ -204,8 +204,6 @@ def test_masks_written_out(monkeypatch):
     assert ids[0].tolist() == [a, b, c, d, e]
     assert ids[1, :2].tolist() == [f, a]
     assert targets.tolist() == [[-100, -100, d, e, eot], [a, eot, -100, -100, -100]]
-    _, targets = collate_instructions(InstructionDataset(entries, tokenizer, 16, True))
-    assert targets.tolist() == [[b, c, d, e, eot], [a, eot, -100, -100, -100]]
 
     # A row that is too long loses its end; one without room for a response is left out
     cut = InstructionDataset(entries, tokenizer, 3)
@@ -585,7 +583,7 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     args += ["--context-length", 30, *how]
     code, output, error = run(monkeypatch, capsys, "classify", *args)
     assert code == 0, error
-    assert "truncated to 30 tokens" in output and "recall" in output
+    assert "truncated to 30 tokens" in output
     assert (out / "adapter").exists() == ("--lora-rank" in how)
     curve = [row for row in read_losses(out) if row["val_loss"]]
     for name in ("train_accuracy", "val_accuracy"):
@@ -741,18 +739,17 @@ def test_the_missing_base_is_explained(monkeypatch, capsys, tmp_path):
 
 def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions):
     out = tmp_path / "out"
-    args = ["--data", instructions, "--out", out, *QUICK, "--compare", "--max-new-tokens", 8]
+    args = ["--data", instructions, "--out", out, *QUICK, "--max-new-tokens", 8]
     code, output, error = run(monkeypatch, capsys, "instruct", *args)
     assert code == 0, error
     losses = [float(row["val_loss"]) for row in read_losses(out) if row["val_loss"]]
     assert losses[-1] < losses[0]
     results = json.loads((out / "responses.json").read_text())
     assert len(results) == 4  # 10 % of the rows
-    columns = ["instruction", "input", "output", "response", "base_response"]
+    columns = ["instruction", "input", "output", "response"]
     assert all(list(row) == columns for row in results)
     model, tokenizer = load_gpt2(out)
     assert [row["response"] for row in results] == respond(model, tokenizer, results, 8)
-    assert any(row["response"] != row["base_response"] for row in results)
     # The context has grown: the prompt alone is longer than the 48 tokens of the base
     assert model.config.context_length == 256
     known = load_gpt2(TINY)[0].wpe.weight
@@ -1000,24 +997,20 @@ def test_judge(monkeypatch, capsys, tmp_path, key):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     if key:
         monkeypatch.setenv("OPENAI_API_KEY", key)
-    replies = ["70", "Score: 90/100", "Score: -5", "<think>5 or 6</think>\n50.5"]  # response
-    replies += ["30", "40", None, "60"]  # base_response
+    replies = ["70", "Score: 90/100", "Score: -5", "<think>5 or 6</think>\n50.5"]
     asked = []
-    rows = [ROW | {"response": f"Hi {i}.", "base_response": "No {0}."} for i in range(4)]
+    rows = [ROW | {"response": "Hi {0}." if i else ""} for i in range(4)]
     (tmp_path / "r.json").write_text(json.dumps(rows))
     with serve(judge_that_says(replies, asked)) as url:
         args = ["judge", tmp_path / "r.json", "--url", url + "/v1/", "--model", "m"]
         code, output, error = run(monkeypatch, capsys, *args)
     assert code == 0, error
-    lines = output.splitlines()
-    assert lines[0].startswith(f"response: mean score {210.5 / 3:.1f} of 3 ")
-    assert lines[1].startswith("base_response: mean score 43.3 of 3 ")
-    assert "of 4" in lines[0]
+    assert output.startswith(f"mean score {210.5 / 3:.1f} of 3 ") and "of 4" in output
     for i, (path, authorization, body) in enumerate(asked):
         assert path == "/v1/chat/completions"
         assert authorization == (f"Bearer {key}" if key else None)
         assert (body["model"], body["temperature"]) == ("m", 0)
-        response = f"Hi {i}." if i < 4 else "No {0}."
+        response = "Hi {0}." if i else ""
         (message,) = body["messages"]
         assert all(text in message["content"] for text in ("Say hello.", "Hello.", response))
 

@@ -585,7 +585,7 @@ def split_tokens(shards, context_length):
 
 # Sizes that two CPU cores train in minutes. Their vocabulary is learned from the text.
 SMALL_CONFIGS = {
-    "nano": GPTConfig(2048, context_length=256, n_layer=4, n_head=4, n_embd=256, dropout=0.1),
+    "nano": GPTConfig(2048, context_length=256, n_layer=4, n_head=4, n_embd=256, dropout=0.15),
     "mini": GPTConfig(2048, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
 }
 MODELS = SMALL_CONFIGS | GPT2_CONFIGS
@@ -703,7 +703,7 @@ def pretrain(config, out, device):
         return default_collate([train_data[row] for row in rows])
 
     def show_sample():
-        options = {"temperature": 0.8, "top_k": 50, "eos_id": tokenizer.eot}
+        options = {"temperature": 0.6, "top_k": 50, "eos_id": tokenizer.eot}
         generator = torch.Generator(device).manual_seed(config.seed)
         new_ids = model.stream(prompt, 100, generator=generator, **options)
         text = config.prompt + tokenizer.decode(new_ids)

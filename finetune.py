@@ -254,6 +254,8 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank {rank} is not positive")
+    if lora_layers(model):
+        raise ValueError("the model has adapters already; merge_lora merges them")
     model.requires_grad_(False)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for target in targets:
@@ -352,6 +354,8 @@ def load_lora(model, folder):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         suffix = ".lora_A.weight"
         add_lora(model, *settings, [n.removesuffix(suffix) for n in tensors if n.endswith(suffix)])
+        if not lora_layers(model):
+            raise ValueError("no adapters in it")
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         misfits = unexpected + [n for n in missing if ".lora_" in n or n == "score.weight"]
         if misfits:
@@ -542,6 +546,7 @@ def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save,
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         save(merge_lora(copy.deepcopy(model)) if config.lora_rank else model)
 
+    get_batch(0)  # if it fails, then before anything is written
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     print_on_rank_0(
@@ -591,8 +596,11 @@ def classify(config):
             groups = [[row for row in rows if row[1] == name] for name in classes]
             rows = [row for group in groups for row in rng.sample(group, min(counts.values()))]
         parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
-        if len(classes) < 2 or {label for _, label in parts[0]} != set(classes):
-            raise ValueError(f"{config.data}: needs two classes or more, and several rows of each")
+        if len(classes) < 2 or any({label for _, label in p} != set(classes) for p in parts):
+            raise ValueError(
+                f"{config.data}: needs two classes or more, and several rows of each; here are "
+                + ", ".join(f"{n} of {name}" for name, n in counts.items())
+            )
 
         gpt, tokenizer, filled = create_base(config, [text for text, _ in parts[0]])
         settings, checkpoint = read_checkpoint(config.out, config, (rows, tokenizer.vocab))
@@ -709,7 +717,9 @@ def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
-        classes = read_json(Path(adapter) / "classes.json")["classes"]
+        path = Path(adapter) / "classes.json"
+        with named_errors(path):
+            classes = [str(name) for name in read_json(path)["classes"]]
         model = merge_lora(load_lora(GPTClassifier(gpt, len(classes)), adapter))
     else:
         model, tokenizer, classes = load_classifier(folder)
@@ -794,7 +804,7 @@ def ask_for_score(url, model, prompt):
     with named_errors(url):
         if not response.ok:
             raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
-        answer = str(response.json()["choices"][0]["message"]["content"])
+        answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
     answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
     match = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", answer)
     return float(match[1]) if match and float(match[1]) <= 100 else None
@@ -832,7 +842,7 @@ def main():
     args, rest = parser.parse_known_args()
     args = vars(args)
     command = args.pop("command")
-    if command == "predict":
+    if command == "predict" and not any(text.startswith("--") for text in rest):
         args["texts"] += rest  # argparse does not expect texts after an option
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")

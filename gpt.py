@@ -48,6 +48,8 @@ class GPTConfig:
             raise ValueError(f"every size must be a positive integer: {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
 
 
 # Sizes: Radford et al. 2019, table 2; distilgpt2 was made by Hugging Face (Sanh et al. 2019)

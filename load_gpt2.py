@@ -140,6 +140,9 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 SIZES |= {"n_positions": "context_length"}
 
+# Other programs prefer these files to the ones that are written here
+REPLACED_FILES = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
+
 # Settings of transformers' GPT-2 that change what is computed, with the one value supported here
 FIXED_SETTINGS = {
     "activation_function": "gelu_new",
@@ -303,6 +306,8 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
         write_json(part / "config.json", config)
         for path in part.iterdir():
             os.replace(path, folder / path.name)
+        for name in REPLACED_FILES:
+            (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(part)
 
@@ -365,6 +370,8 @@ def fetch_from_hub(name, revision):
     if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         known = ", ".join(HUB_NAMES)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
+    if Path(name).parent.is_dir() and "/" in name:
+        raise ValueError(f"{name}: no such folder")
     hub_name = HUB_NAMES.get(name, name)
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{hub_name}/resolve"
@@ -457,12 +464,13 @@ def with_retries(attempt, measure=int):
     longer waits. They start anew whenever measure(), the size of what is there, has grown.
     """
     waits = list(WAITS)
+    largest = measure()
     while True:
-        size = measure()
         try:
             return attempt()
         except requests.RequestException as error:
-            waits = list(WAITS) if measure() > size else waits
+            waits = list(WAITS) if measure() > largest else waits
+            largest = max(largest, measure())
             wait = waits.pop(0) if waits else math.inf
             if isinstance(error, ValueError):  # an invalid URL
                 raise

@@ -23,6 +23,7 @@ import signal
 import sys
 import textwrap
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -30,6 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import NoneType
 from typing import get_args
+from urllib.parse import urlsplit
 
 import filelock
 import numpy as np
@@ -429,11 +431,14 @@ def read_checkpoint(out, config, content):
     settings = {name: getattr(config, name) for name in fixed}
     settings["content"] = hashlib.sha256(repr(content).encode()).hexdigest()
     path = out / "resume.pt"
-    if config.overwrite or not any((out / name).exists() for name in ("resume.pt", "config.json")):
+    names = ("resume.pt", "config.json", "model.safetensors", "merges.txt", "adapter")
+    if config.overwrite or not any((out / name).exists() for name in names):
         return settings, None
     if not path.exists():
         raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
     with named_errors(path):
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before = checkpoint["settings"]
         if len(checkpoint["history"]) != checkpoint["step"] + 1:
@@ -460,7 +465,7 @@ def write_state(out, state):
         try:
             torch.save(state, part)
         except RuntimeError as error:  # of a full disk
-            raise OSError(f"{part}: {error}") from None
+            raise OSError(f"{part}: is the disk full? {error}") from None
 
 
 def plot_history(history, path):
@@ -494,7 +499,8 @@ def find_files(names, folder):
     paths = []
     for name in map(str, names):
         if name.startswith(("http://", "https://")):
-            found = [folder / re.sub(r"[^\w.-]+", "-", name.partition("://")[2])]
+            last = re.sub(r"[^\w.-]+", "-", urlsplit(name).path.rpartition("/")[2])
+            found = [folder / f"{zlib.crc32(name.encode()):08x}-{last}"]
             load_gpt2.download(name, found[0])
         else:
             found = [name] if Path(name).exists() else sorted(glob.glob(name))
@@ -709,6 +715,7 @@ def pretrain(config, out, device):
         text = config.prompt + tokenizer.decode(new_ids)
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
+    get_batch(0)  # if it fails, then before anything is written
     model.to(device)
     if config.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         print("torch.compile needs Triton, which is not installed: going on without it")

@@ -169,7 +169,7 @@ class InstructionDataset(list):
     """
     Entries {instruction, input, output} -> (ids, targets), (T,) each, of prompt, response and
     end-of-text. Targets in the prompt are -100. Rows that are too long lose their end (n_truncated
-    counts them); those without room for a response are left out. `entries` are those of the rows.
+    counts them); those without room for a response are left out. `entries` are the kept ones.
     """
 
     def __init__(self, entries, tokenizer, context_length):
@@ -235,9 +235,8 @@ class LoRALinear(nn.Linear):
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, **like)
-        nn.init.zeros_(
-            self.lora_B.weight
-        )  # the adapter starts as 0; A is random, so B has a gradient
+        # The adapter starts as 0; A is random, so that B has a gradient
+        nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(dropout)
         self.rank = rank
         self.alpha = alpha
@@ -269,7 +268,7 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add the adapters to their matrices, in place: an ordinary model that computes the same."""
+    """Add the adapters to their matrices, in place. The result is an ordinary model."""
     for name, lora in lora_layers(model).items():
         linear = nn.Linear(lora.in_features, lora.out_features, device="meta")
         delta = lora.scale * lora.lora_B.weight @ lora.lora_A.weight
@@ -283,7 +282,7 @@ def lora_layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-# In PEFT's files, names start with its wrapper and the model with its head: base_model.model.
+# PEFT's files name a tensor from its wrapper on, as base_model.model.transformer.h.0...
 PEFT_PREFIX = "base_model.model."
 
 # What PEFT's adapter_config.json may hold besides r, lora_alpha and lora_dropout: keys that do not
@@ -370,9 +369,10 @@ def load_lora(model, folder):
 def read_rows(source, folder, columns, optional=()):
     """
     A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json: a list of objects;
-    .jsonl: an object in each line; .csv; .tsv: without a header, its columns are label and text.
-    Raises ValueError with the number of the row for a value that is missing, not a text, or empty
-    and not in a column that is optional.
+    .jsonl: an object in each line; .csv: with a header; any other name: columns separated by tabs,
+    which are label and text if there is no header.
+    Raises ValueError with the number of the row for a value that is missing or not a text or
+    integer, or that is empty in a column that is not optional.
     """
     path, *more = find_files([source], Path(folder))
     if more:
@@ -415,7 +415,7 @@ def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
     rows.sort(key=key)  # is stable: rows with the same key stay shuffled
     parts = [], [], []
     for i, row in enumerate(rows):
-        place = 7 * i % 20  # so that the first few rows already reach all parts
+        place = 7 * i % 20  # each place once in 20 rows; the first few rows reach all parts
         parts[1 if place < n_val else 2 if place < n_val + n_test else 0].append(row)
     for part in parts:
         rng.shuffle(part)
@@ -439,7 +439,7 @@ def order_by_length(lengths, batch_size, seed):
         # The last batch of the epoch before is completed by the first rows of this one
         first = -epoch * n_rows % batch_size
         starts = range(first, n_rows - batch_size + 1, batch_size)
-        result = by_length.copy()
+        result = by_length.copy()  # and now its batches in random order
         for here, there in zip(starts, rng.permutation(starts)):
             result[here : here + batch_size] = by_length[there : there + batch_size]
         return result
@@ -454,12 +454,12 @@ def order_by_length(lengths, batch_size, seed):
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     steps: int | None = option(None, "instead of --epochs")
-    learning_rate: float | None = option(None, "peak; default: 5e-5, LoRA and small models 1e-3")
+    learning_rate: float | None = option(None, "peak (default: LoRA, small models 1e-3, else 5e-5)")
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(10.0, "how often each row is seen")
     init: str = option("out/stories", "the base model: a folder, a name on the hub, or random")
     context_length: int | None = option(None, "tokens per row (default: the model's)")
-    dropout: float | None = option(None, "default: 0.1; small models 0.3")
+    dropout: float | None = option(None, "default: 0.3 for small models, else 0.1")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
     lora_dropout: float = option(0.05, "dropout before the adapters")
@@ -496,9 +496,8 @@ def create_base(config, texts, min_context=0):
     if config.dropout is None:
         config = replace(config, dropout=0.3 if is_small(sizes) else 0.1)
     if config.learning_rate is None:
-        config = replace(
-            config, learning_rate=1e-3 if is_small(sizes) or config.lora_rank else 5e-5
-        )
+        is_high = is_small(sizes) or config.lora_rank
+        config = replace(config, learning_rate=1e-3 if is_high else 5e-5)
     if config.context_length is None:
         n = sizes.context_length if config.lora_rank else max(sizes.context_length, min_context)
         config = replace(config, context_length=n)
@@ -521,9 +520,8 @@ def create_base(config, texts, min_context=0):
 
 def sorted_loader(rows, batch_size, collate_fn):
     """A loader of all rows for evaluation, short ones first, which saves padding"""
-    return create_dataloader(
-        sorted(rows, key=lambda r: len(r[0])), batch_size, collate_fn=collate_fn
-    )
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    return create_dataloader(rows, batch_size, collate_fn=collate_fn)
 
 
 def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save, report):
@@ -543,7 +541,10 @@ def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save,
     def save_best():
         for name in ("adapter", "responses.json"):  # those of earlier weights
             path = config.out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         save(merge_lora(copy.deepcopy(model)) if config.lora_rank else model)
 
     get_batch(0)  # if it fails, then before anything is written
@@ -577,7 +578,7 @@ class ClassifyConfig(FinetuneConfig):
     label_column: str = option("label", "column of the classes")
     balance: bool = option(False, "use equally many rows of each class")
     train: str | None = option(
-        None, "head, last (and the last block), all; default: last, of small models all",
+        None, "last: the head and the last block (default: last; all for small models)",
         choices=["head", "last", "all"],
     )  # fmt: skip
 
@@ -684,7 +685,7 @@ def instruct(config):
         training, validation, test = datasets
         is_main = process_rank()[0] == 0
         if is_main:
-            print(f"{len(entries)} rows, {sum(map(len, datasets))} fit into the context", end=", ")
+            print(f"{len(entries)} rows, {sum(map(len, datasets))} prompts fit", end=", ")
             print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
 
         def save(merged):
@@ -805,6 +806,7 @@ def ask_for_score(url, model, prompt):
         if not response.ok:
             raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
         answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
+    # Without the thoughts of a reasoning model, the answer must hold one number, as 85 or 85/100
     answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
     match = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", answer)
     return float(match[1]) if match and float(match[1]) <= 100 else None

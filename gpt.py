@@ -72,8 +72,9 @@ GPT2_CONFIGS = {
 # number or punctuation keeps the space before it. Tokens never cross these splits.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# GPT-2's order of the 256 bytes, printable ones first, and how its files write them: as themselves,
-# or the other 68 as characters from U+0100 on. A space is "Ġ", since spaces separate tokens there.
+# GPT-2's order of the 256 bytes: the 188 printable ones, then the other 68. Its files write the
+# printable ones as themselves and the others as characters from U+0100 on, so that a space ("Ġ"
+# there) can separate two tokens.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
@@ -87,8 +88,8 @@ class Tokenizer:
     GPT-2's byte-level BPE. tiktoken encodes; `train` and `apply_merges` show how it works.
 
     merges: lines of merges.txt, two tokens with a space between, in the order of their learning.
-    vocab: {token: id} as in vocab.json. By default ids count the 256 bytes, then one new token for
-        each merge, then <|endoftext|>. Entries that no merge makes are special tokens.
+    vocab: {token: id} as in vocab.json. By default ids 0 to 255 are the bytes, then each merge has
+        one, then <|endoftext|>. Entries that no merge makes are special tokens.
     Raises KeyError for a merge that is not in vocab, ValueError if ids do not follow the merges.
     """
 
@@ -164,7 +165,8 @@ class Tokenizer:
 
         merges = []
         while len(merges) < vocab_size - 257 and pair_counts:
-            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))  # no ties
+            # Of equally frequent pairs, the last in the alphabet
+            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
             if pair_counts[best] < 2:
                 break
             merges.append(" ".join(best))
@@ -238,8 +240,9 @@ class TokenDataset(Dataset):
 
     tokens: a list, array, tensor or np.memmap of ids.
     stride: tokens from the start of one window to the start of the next (default: context_length).
-        The last window is moved back to end with the data; its targets that an earlier window had
-        are -100, which the loss ignores. So by default, every token but the first is a target once.
+        The last window is moved back to end with the data; targets that it shares with the window
+        before are -100, which the loss ignores. So by default, every token but the first is a
+        target once.
     Raises ValueError if there are not enough tokens for one window.
     """
 
@@ -332,7 +335,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # only in generation, see KVCache
             k, v = cache.update(self, k, v)
             mask = cache.mask
-        dropout_p = self.dropout.p if self.training else 0.0  # a function ignores model.eval()
+        dropout_p = self.dropout.p if self.training else 0.0  # functions do not see model.eval()
         # weights(x) @ v in one kernel, which never stores the (T, T) weights (Dao et al. 2022)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
@@ -524,7 +527,7 @@ class KVCache:
     Keys and values of the tokens read so far. With them, a new token costs one row of attention
     instead of another pass over the whole text.
 
-    For each attention layer (B, H, n_columns, D) each; column t belongs to position t of the text.
+    Keys and values of a layer are (B, H, n_columns, D) each; column t belongs to position t.
     """
 
     def __init__(self, n_rows, n_columns, device):
@@ -532,7 +535,7 @@ class KVCache:
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # tokens in each row
         self.layers = {}  # attention layer -> (keys, values)
         self.positions = None  # of the new tokens (B, T)
-        self.mask = None  # what the new tokens attend to (B, 1, T, columns); None: each other
+        self.mask = None  # what they attend to (B, 1, T, columns); None: first read, plain causal
 
     def extend(self, n_tokens):
         """Begin to read n_tokens more in each row. -> their positions (B, T)"""

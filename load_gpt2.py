@@ -52,7 +52,7 @@ def read_safetensors(path):
     """
     File -> {name: tensor}. The tensors are views of the memory-mapped file: they take no memory
     until they are read, and writing to them does not change the file.
-    Raises ValueError if the header and the file do not fit in every byte.
+    Raises ValueError unless the header accounts for every byte of the file.
     """
     with open(path, "rb") as file, named_errors(path):
         size = os.fstat(file.fileno()).st_size
@@ -170,7 +170,7 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
     config = read_config(folder / "config.json")
     weights = {name.removeprefix("transformer."): w for name, w in read_weights(folder).items()}
     with named_errors(folder), torch.device("meta"):  # parameters without memory
-        if config.n_layer > len(weights):
+        if config.n_layer > len(weights):  # do not build a damaged config's million layers
             raise ValueError(f"config.json has {config.n_layer} layers, the weights have fewer")
         model = GPT(config)
     assign_weights(model, weights, folder)
@@ -269,7 +269,7 @@ def read_tokenizer(folder, vocab_size):
             raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
         special = vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}
         for name in special:
-            if name[:1] + name[-1:] not in ("<>", "[]"):
+            if name[:1] + name[-1:] not in ("<>", "[]"):  # special tokens look like <pad>, [PAD]
                 raise ValueError(f"no merge makes the token {name}")
         return Tokenizer(merges, vocab)
 
@@ -337,10 +337,8 @@ def hf_config(config, tokenizer, dtype=torch.float32):
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS}
 HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # whole, or the list of shards
+# The weights in one file, or the list of their shards
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def hub_home():
@@ -370,7 +368,7 @@ def fetch_from_hub(name, revision):
     if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         known = ", ".join(HUB_NAMES)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
-    if Path(name).parent.is_dir() and "/" in name:
+    if Path(name).parent.is_dir() and "/" in name:  # a path with a typo, not OWNER/NAME
         raise ValueError(f"{name}: no such folder")
     hub_name = HUB_NAMES.get(name, name)
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
@@ -389,9 +387,8 @@ def fetch_from_hub(name, revision):
             response = with_retries(lambda: request(config_url, token))
             response.close()
             commit = response.headers.get("X-Repo-Commit", "")
-            if not re.fullmatch(
-                "[0-9a-f]{40}", commit
-            ):  # a mirror; its word is not taken as a path
+            # A mirror may send no commit; what is not one must not become a path
+            if not re.fullmatch("[0-9a-f]{40}", commit):
                 commit = revision
             repository = cached_repository(hub_name)
             ref = repository / "refs" / revision
@@ -458,10 +455,11 @@ def download(url, path, token=""):
             os.unlink(lock.lock_file)
 
 
-def with_retries(attempt, measure=int):
+def with_retries(attempt, measure=lambda: 0):
     """
-    Call attempt() again while the network fails or the server is busy (429, 5xx), with longer and
-    longer waits. They start anew whenever measure(), the size of what is there, has grown.
+    Call attempt() again while the network fails, the server is busy (429, 5xx) or a part is too
+    long (416), with longer and longer waits. They start anew whenever measure(), the size of what
+    is there, has grown.
     """
     waits = list(WAITS)
     largest = measure()
@@ -475,10 +473,8 @@ def with_retries(attempt, measure=int):
             if isinstance(error, ValueError):  # an invalid URL
                 raise
             if error.response is not None:
-                if error.response.status_code < 500 and error.response.status_code not in (
-                    416,
-                    429,
-                ):
+                status = error.response.status_code
+                if status < 500 and status not in (416, 429):
                     raise
                 retry_after = error.response.headers.get("Retry-After", "")
                 wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)

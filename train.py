@@ -74,7 +74,7 @@ class TrainConfig:
     warmup: int = option(20, "steps of linear warmup")
     weight_decay: float = option(0.1, "weight decay of matrices")
     grad_clip: float = option(1.0, "clip the gradient norm to this")
-    eval_every: int = option(50, "steps between validations; also samples and saves")
+    eval_every: int = option(50, "steps between validations, samples and saves")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, the faster one")
     seed: int = option(1, "of weights, shuffling, dropout and samples")
 
@@ -84,7 +84,7 @@ class TrainConfig:
             raise ValueError("steps, batch sizes, eval-every and grad-clip must be positive")
         if self.seed < 0:
             raise ValueError("the seed must not be negative")
-        if self.optimizer not in ("adamw", "muon", None):
+        if self.optimizer not in ("adamw", "muon", None):  # None: see PretrainConfig
             raise ValueError(f"optimizer {self.optimizer} is not adamw or muon")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype} is not auto, float32 or bfloat16")
@@ -142,7 +142,8 @@ def train(
                 optimizer.load_state_dict(optimizer_state)
         what = "finished at" if state["step"] >= config.steps else "going on from"
         print_on_rank_0(f"{out}: {what} step {state['step']}")
-    step, validated_at, best_loss, history = state.values()  # history: the rows of losses.csv
+    # validated_at: the step of the last validation; history: the rows of losses.csv
+    step, validated_at, best_loss, history = state.values()
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
@@ -179,11 +180,12 @@ def train(
             if step >= config.steps:
                 break
             if n_signals:
-                return signals[0] if signals else signal.SIGTERM
+                return signals[0] if signals else signal.SIGTERM  # another process has it
 
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
-            # Dropout depends on the step, so that a resumed run repeats it
+            # Dropout depends on the step, so that a resumed run repeats it (a hash of numbers,
+            # unlike that of a string, is the same in every process)
             torch.manual_seed(hash((config.seed, step, rank)))
             batch = get_batch(step)
             loss, norm = update(parallel_model, optimizers, learning_rate, batch, config, autocast)
@@ -275,6 +277,7 @@ def create_optimizers(model, config):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon_names = []
     if config.optimizer == "muon":
+        # "h.0.attn..." in a GPT, "transformer.h.0.attn..." in a GPTClassifier
         muon_names = [name for name, p in trained.items() if ".h." in f".{name}" and p.dim() == 2]
         if not muon_names:
             raise ValueError("optimizer=muon, but no matrix in a module named h is trained")
@@ -360,8 +363,8 @@ def keep_freed_memory():
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)  # no block has a mapping of its own
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,7 +426,7 @@ def run_folder(out):
 
 def read_checkpoint(out, config, content):
     """
-    -> the settings to keep for this run, the state that an earlier start of it saved, or None.
+    -> the settings that a later start must repeat; the state that an earlier start saved, or None.
     content: what the run learns from. Raises ValueError if a setting or the content has changed, or
     if the folder holds something else.
     """
@@ -447,14 +450,16 @@ def read_checkpoint(out, config, content):
     if changed:
         name = changed[0]
         values = ("the default" if v is None else v for v in (before.get(name), settings[name]))
-        what = "--{} was {} and is {}".format(name.replace("_", "-"), *values)
-        what = "the data or the vocabulary has changed" if name == "content" else what
+        if name == "content":
+            what = "the data or the vocabulary has changed"
+        else:
+            what = "--{} was {} and is {}".format(name.replace("_", "-"), *values)
         raise ValueError(f"{out} holds a run, but {what}; --overwrite replaces the run")
     return settings, checkpoint
 
 
 def write_state(out, state):
-    """losses.csv, and then resume.pt, from which losses.csv can be written again"""
+    """Write losses.csv, then resume.pt, which holds the same rows."""
     history = state["history"]
     columns = dict.fromkeys(name for row in history for name in row)
     lines = [",".join(columns)]
@@ -546,7 +551,7 @@ def read_tokens(path, vocab_size):
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
-    has_header = len(header) == 256 and header[0] // 10_000 == 2024
+    has_header = len(header) == 256 and header[0] // 10_000 == 2024  # the magic number is a date
     if has_header and header[:2].tolist() != [20240520, 1]:
         raise ValueError(
             f"{path}: magic number and version {header[:2]} are not those of GPT-2 ids"
@@ -604,10 +609,10 @@ class PretrainConfig(RunConfig):
     batch_size: int = option(8, "sequences per update, over all processes")
     optimizer: str | None = option(None, "default: muon for small models, else adamw")
     learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
-    eval_every: int = option(100, "steps between validations; also samples and saves")
+    eval_every: int = option(100, "steps between validations, samples and saves")
     out: Path | None = option(None, "output folder (default: out/NAME of the text)")
     text: list | None = option(None, "files, URLs (default: data/stories.txt)")
-    bin: list | None = option(None, "instead: token files; val in a name: for validation")
+    bin: list | None = option(None, "token files, instead of texts; val in a name: for validation")
     model: str = option("nano", "size of the model", choices=MODELS)
     init: str | None = option(None, "start from this model: a folder or a name on the hub")
     tokenizer: str | None = option(None, "folder of the tokenizer of --bin (default: GPT-2's)")
@@ -665,7 +670,7 @@ def pretrain(config, out, device):
     documents = [] if config.bin else read_documents(paths)
     model, tokenizer = create_model(config, documents)
     if config.bin:
-        # nanoGPT writes it for vocabularies of single characters; as a pickle it is not opened
+        # nanoGPT writes meta.pkl for vocabularies of characters; it is a pickle: not opened here
         if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
             raise ValueError("meta.pkl beside the token files: not GPT-2's ids; use --tokenizer")
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]

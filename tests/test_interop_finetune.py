@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from finetune import (
+    CHAT_TEMPLATE,
     GPTClassifier,
     LoRALinear,
     add_lora,
+    format_prompt,
     load_classifier,
     load_lora,
     save_classifier,
     save_lora,
 )
-from load_gpt2 import load_gpt2
+from load_gpt2 import load_gpt2, save_gpt2
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -251,3 +253,22 @@ def test_every_setting_of_peft_is_computed_or_refused(tmp_path, plain, name, val
         return
     assert torch.allclose(ours(IDS), adapted(IDS).logits, atol=1e-4)
     assert not torch.allclose(ours(IDS), theirs(IDS).logits, atol=1e-2)
+
+
+def test_folder_of_an_assistant_serves_transformers_chat_and_padded_batches(tmp_path):
+    gpt, tokenizer = load_gpt2(TINY)
+    save_gpt2(gpt, tokenizer, tmp_path, chat_template=CHAT_TEMPLATE)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    entry = {"instruction": "Say  <b>hello</b>.\nTwice."}
+    messages = [{"role": "user", "content": entry["instruction"]}]
+    prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == format_prompt(entry)
+    answered = [*messages, {"role": "assistant", "content": "Hello, hello."}]
+    text = theirs.apply_chat_template(answered, tokenize=False)
+    assert text == format_prompt(entry) + "Hello, hello.<|endoftext|>"
+
+    texts = ["The old", "The old man went home"]
+    batch = theirs(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"].sum(1).tolist() == [len(tokenizer.encode(t)) for t in texts]
+    assert len(theirs("old " * 200, truncation=True)["input_ids"]) == gpt.config.context_length

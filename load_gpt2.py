@@ -20,7 +20,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import requests
 import torch
@@ -59,7 +59,7 @@ def read_safetensors(path):
         header_size = int.from_bytes(file.read(8), "little")
         if header_size > size - 8:
             raise ValueError(f"cut short, or not a safetensors file ({size:,} bytes)")
-        header = json.loads(file.read(header_size), object_pairs_hook=unique_keys)
+        header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[8 + header_size :]
         tensors = {}
@@ -98,12 +98,6 @@ def write_safetensors(path, tensors):
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def unique_keys(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return dict(pairs)
 
 
 @contextlib.contextmanager
@@ -341,26 +335,18 @@ HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def hub_home():
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
-
-
-def cached_repository(hub_name):
-    cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
-    return cache / f"models--{hub_name.replace('/', '--')}"
-
-
-def find_cached(name, revision):
-    """-> the repository in the cache that has weights of a model, their commit; or None, None"""
-    for hub_name in (HUB_NAMES.get(name, name), name):  # "gpt2" may be cached under either name
-        repository = cached_repository(hub_name)
+def find_in_cache(name, revision):
+    """-> the folder of a model in the cache, and whether it has weights"""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    for hub_name in (name, HUB_NAMES.get(name, name)):  # "gpt2" may be cached under either name
+        repository = cache / f"models--{hub_name.replace('/', '--')}"
         ref = repository / "refs" / revision
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        snapshot = repository / "snapshots" / commit
-        if any((snapshot / file_name).exists() for file_name in WEIGHTS_FILES):
-            return repository, commit
-    return None, None
+        commit = ref.read_text(encoding="utf-8") if ref.is_file() else quote(revision, safe="")
+        folder = repository / "snapshots" / commit
+        if any((folder / file_name).exists() for file_name in WEIGHTS_FILES):
+            return folder, True
+    return folder, False
 
 
 def fetch_from_hub(name, revision):
@@ -368,63 +354,54 @@ def fetch_from_hub(name, revision):
     if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         known = ", ".join(HUB_NAMES)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
-    if Path(name).parent.is_dir() and "/" in name:  # a path with a typo, not OWNER/NAME
+    if "/" in name and Path(name).parent.is_dir():  # a path with a typo, not OWNER/NAME
         raise ValueError(f"{name}: no such folder")
-    hub_name = HUB_NAMES.get(name, name)
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    url = f"{endpoint.rstrip('/')}/{hub_name}/resolve"
-    token_file = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser()
-    token = os.environ.get("HF_TOKEN") or (token_file.read_text() if token_file.exists() else "")
-    token = token.strip()
-    repository, commit = find_cached(name, revision)
+    folder, has_weights = find_in_cache(name, revision)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        if repository is None:
+        if not has_weights:
             raise ValueError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
-        return repository / "snapshots" / commit
-    try:
-        if repository is None:
-            config_url = f"{url}/{quote(revision, safe='')}/config.json"
-            response = with_retries(lambda: request(config_url, token))
-            response.close()
-            commit = response.headers.get("X-Repo-Commit", "")
-            # A mirror may send no commit; what is not one must not become a path
-            if not re.fullmatch("[0-9a-f]{40}", commit):
-                commit = revision
-            repository = cached_repository(hub_name)
-            ref = repository / "refs" / revision
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(ref) as part:
-                part.write_text(commit, encoding="utf-8")
-        snapshot = repository / "snapshots" / commit
+        return folder
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{endpoint.rstrip('/')}/{HUB_NAMES.get(name, name)}/resolve/{folder.name}"
+    token = os.environ.get("HF_TOKEN", "").strip()
+    fetched = []
 
-        def fetch(file_name):
-            """-> whether the repository has this file"""
+    def fetch(file_name):
+        """-> whether the repository has this file; every model has a config.json"""
+        path = folder / file_name
+        if not path.exists():
             try:
-                file_url = f"{url}/{quote(commit, safe='')}/{file_name}"
-                download(file_url, snapshot / file_name, token)
+                download(f"{url}/{file_name}", path, token)
             except requests.HTTPError as error:
-                if error.response.status_code == 404:
+                if error.response.status_code == 404 and file_name != "config.json":
                     return False
                 raise
-            return True
+            fetched.append(path)
+        return True
 
+    try:
+        # Small files first: other models are refused before gigabytes are downloaded
         fetch("config.json")
-        read_config(snapshot / "config.json")  # refuse other models before gigabytes are downloaded
-        weights, index = WEIGHTS_FILES
-        # One file, or shards and their index. What is cached is not asked for again.
-        if ((snapshot / index).exists() or not fetch(weights)) and fetch(index):
-            for shard in sorted(set(read_weight_map(snapshot / index).values())):
-                fetch(shard)
-        if (snapshot / "tokenizer.json").exists() or not fetch("merges.txt"):
+        if (folder / "tokenizer.json").exists() or not fetch("merges.txt"):
             fetch("tokenizer.json")
         else:
             fetch("vocab.json")
-        return snapshot
+        read_tokenizer(folder, read_config(folder / "config.json").vocab_size)
+        weights, index = WEIGHTS_FILES
+        if ((folder / index).exists() or not fetch(weights)) and fetch(index):
+            for shard in sorted(set(read_weight_map(folder / index).values())):
+                fetch(shard)
+        return folder
     except requests.RequestException as error:
         raise ValueError(
             f"{name} is not a folder, and the hub did not provide it: {error}. Give a folder, set "
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
+    except ValueError:
+        for path in fetched:  # a login page in place of a file, or half of it
+            if path.suffix != ".safetensors":
+                path.unlink()
+        raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,98 +415,70 @@ LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of
 def download(url, path, token=""):
     """
     Download a file, unless it exists. An interrupted download is resumed by the next attempt or the
-    next process. Length and, if the hub gives it, SHA-256 are checked. token: for the hub; it is
-    not sent to other hosts. Raises requests.RequestException, or ValueError for a wrong SHA-256.
+    next process. It is tried again while the network fails or the server is busy. Length and, if
+    the hub gives it, SHA-256 are checked. token: for the hub; it is not sent to other hosts.
+    Raises requests.RequestException, or ValueError for a wrong SHA-256.
     """
     path = Path(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
     lock = FileLock(f"{path}.lock")
-    try:
-        with lock:
-            if not path.exists():  # no other process has downloaded it in the meantime
-                with_retries(lambda: fetch_rest(url, path, token), lambda: part_size(path))
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
-            os.unlink(lock.lock_file)
+    with lock:
+        waits = list(WAITS)
+        largest = part.stat().st_size if part.exists() else 0
+        while not path.exists():  # another process may have completed it
+            try:
+                fetch_rest(url, path, part, token)
+            except requests.RequestException as error:
+                size = part.stat().st_size if part.exists() else 0
+                if size > largest:  # the attempt brought something
+                    waits = list(WAITS)
+                    largest = size
+                time.sleep(wait_before_retry(error, waits))
+    with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
+        os.unlink(lock.lock_file)
 
 
-def with_retries(attempt, measure=lambda: 0):
-    """
-    Call attempt() again while the network fails, the server is busy (429, 5xx) or a part is too
-    long (416), with longer and longer waits. They start anew whenever measure(), the size of what
-    is there, has grown.
-    """
-    waits = list(WAITS)
-    largest = measure()
-    while True:
-        try:
-            return attempt()
-        except requests.RequestException as error:
-            waits = list(WAITS) if measure() > largest else waits
-            largest = max(largest, measure())
-            wait = waits.pop(0) if waits else math.inf
-            if isinstance(error, ValueError):  # an invalid URL
-                raise
-            if error.response is not None:
-                status = error.response.status_code
-                if status < 500 and status not in (416, 429):
-                    raise
-                retry_after = error.response.headers.get("Retry-After", "")
-                wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)
-            if wait > LONGEST_WAIT:
-                raise
-            print_line(f"{error}; trying again in {wait} s", sys.stderr)
-            time.sleep(wait)
+def wait_before_retry(error, waits):
+    """-> seconds, which may be what the server asks for. Raises errors that would come again."""
+    wait = waits.pop(0) if waits else math.inf
+    if error.response is not None:
+        status = error.response.status_code
+        retry_after = error.response.headers.get("Retry-After", "")
+        wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)
+        if status < 500 and status not in (416, 429):  # 416: a part too long, 429: busy
+            raise error
+    if wait > LONGEST_WAIT or isinstance(error, ValueError):  # an invalid URL
+        raise error
+    print_line(f"{error}; trying again in {wait} s", sys.stderr)
+    return wait
 
 
-def request(url, token="", **headers):
-    """GET; the body is not read yet. Raises requests.HTTPError with the reason the hub gives."""
-    if token:
-        headers["Authorization"] = f"Bearer {token}"  # requests removes it for another host
-    headers["Accept-Encoding"] = "identity"  # or Content-Length would be that of compressed data
-    response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    response.reason = response.headers.get("X-Error-Message") or response.reason
-    response.raise_for_status()
-    return response
-
-
-def part_of(path):
-    """The file in which a download collects, NAME.ETAG.part, or None. See `fetch_rest`."""
-    pattern = re.compile(rf"{re.escape(path.name)}\.[^.]+\.part")
-    return next((p for p in path.parent.iterdir() if pattern.fullmatch(p.name)), None)
-
-
-def part_size(path):
-    part = part_of(path)
-    return part.stat().st_size if part else 0
-
-
-def fetch_rest(url, path, token):
+def fetch_rest(url, path, part, token):
     """
     One attempt: append what the part lacks, and rename it when it is complete. The ETag is the
     server's name for a version of the file. With If-Range, the server sends the rest of the same
     version, or else a whole file (RFC 9110, section 13.1.5).
     """
-    part = part_of(path)
-    headers = {}
-    if part:
-        etag = unquote(part.name[len(path.name) + 1 : -len(".part")])
-        headers = {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
-    try:
-        response = request(url, token, **headers)
-    except requests.HTTPError as error:
-        if part and error.response.status_code == 416:  # it is as long as the file, or longer
+    etag_path = Path(f"{path}.etag")
+    headers = {"Accept-Encoding": "identity"}  # or Content-Length would be that of compressed data
+    if token:
+        headers["Authorization"] = f"Bearer {token}"  # requests removes it for another host
+    etag = etag_path.read_text(encoding="utf-8") if etag_path.exists() else ""
+    if etag and part.exists():
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # the part is as long as the file, or longer
             part.unlink()
-        raise
-    with response:
-        if response.status_code != 206:
-            if part:
-                part.unlink()
-            etag = quote(response.headers.get("ETag", ""), safe="").replace(".", "%2E")
-            part = path.with_name(f"{path.name}.{etag}.part")
-        with open(part, "ab" if response.status_code == 206 else "wb") as file:
+        response.reason = response.headers.get("X-Error-Message") or response.reason
+        response.raise_for_status()
+        is_rest = response.status_code == 206
+        if not is_rest:
+            part.unlink(missing_ok=True)
+            etag_path.write_text(response.headers.get("ETag", ""), encoding="utf-8")
+        with open(part, "ab" if is_rest else "wb") as file:
             start = file.tell()
             length = response.headers.get("Content-Length", "")
             size = start + int(length) if length.isdecimal() else None
@@ -545,15 +494,13 @@ def fetch_rest(url, path, token):
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
         sha256 = hub_sha256(response)
         if sha256:
-            with (
-                open(part, "rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m,
-            ):
-                digest = hashlib.sha256(m).hexdigest()
-            if digest != sha256:
+            with open(part, "rb") as file:
+                digest = hashlib.sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if digest.hexdigest() != sha256:
                 part.unlink()
-                raise ValueError(f"{url}: the SHA-256 is {digest}, not {sha256}")
+                raise ValueError(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}")
     os.replace(part, path)
+    etag_path.unlink()
 
 
 def hub_sha256(response):

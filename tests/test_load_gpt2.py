@@ -120,6 +120,10 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+TWICE = b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, '
+TWICE += b'"a": {"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -132,7 +136,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         safetensors_bytes([], 0),
         safetensors_bytes({"a": 1}, 0),
         safetensors_bytes({"a": {}}, 0),
-        safetensors_bytes(b'{"a": {}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8),
+        safetensors_bytes(TWICE, 16),
         safetensors_bytes({"a": entry()}, 7),
         safetensors_bytes({"a": entry()}, 9),
         safetensors_bytes({"a": entry(dtype="F33")}, 8),

@@ -36,17 +36,16 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import load_gpt2
-from gpt import GPT, GPTConfig, Tokenizer, create_dataloader, eval_mode
+from gpt import GPT, create_dataloader, eval_mode
 from load_gpt2 import named_errors, print_line, read_json, save_gpt2, show_progress, write_json
 from train import (
-    RunConfig,
+    TrainConfig,
     add_options,
     find_files,
     is_small,
     option,
     print_on_rank_0,
     process_rank,
-    read_checkpoint,
     run_folder,
     shuffled_rows,
     start_processes,
@@ -452,13 +451,13 @@ def order_by_length(lengths, batch_size, seed):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(TrainConfig):
     steps: int | None = option(None, "instead of --epochs")
     learning_rate: float | None = option(None, "peak (default: LoRA, small models 1e-3, else 5e-5)")
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(10.0, "how often each row is seen")
-    init: str = option("out/stories", "the base model: a folder, a name on the hub, or random")
-    context_length: int | None = option(None, "tokens per row (default: the model's)")
+    init: str = option("out/stories", "the base model: a folder, or a name on the hub")
+    context_length: int | None = option(None, "cut rows to this length (default: the model's)")
     dropout: float | None = option(None, "default: 0.3 for small models, else 0.1")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
@@ -466,52 +465,30 @@ class FinetuneConfig(RunConfig):
     lora_targets: list | None = option(None, f"layers with adapters (default: {LORA_TARGETS})")
 
     # Data may move; its content is compared
-    may_change = RunConfig.may_change | {"data", "epochs", "max_new_tokens"}
+    may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
 
 
-# --init random: so small that it does not learn a thousand short texts by heart at once
-RANDOM_CONFIG = GPTConfig(1024, context_length=128, n_layer=2, n_head=4, n_embd=128)
-
-
-def create_base(config, texts, min_context=0):
-    """
-    -> GPT, Tokenizer, the config with its defaults that depend on the model filled in.
-    texts: to learn a vocabulary, for random. min_context: what the task needs. A longer context
-    than that of the base adds random position embeddings, which LoRA does not train.
-    """
-    torch.manual_seed(config.seed)
-    if config.init == "random":
-        tokenizer = Tokenizer.train("\n".join(texts), RANDOM_CONFIG.vocab_size)
-        sizes = replace(RANDOM_CONFIG, vocab_size=tokenizer.vocab_size)
-        weights = None
-    elif config.init == FinetuneConfig.init and not Path(config.init).exists():
+def load_base(config):
+    """-> the model to be tuned, its tokenizer, the config with defaults that depend on the model"""
+    if config.init == FinetuneConfig.init and not Path(config.init).exists():
         raise ValueError(
             f"{config.init} does not exist: make it with `python train.py`, or use --init"
         )
-    else:
-        base, tokenizer = load_gpt2.load_gpt2(config.init)
-        sizes = base.config
-        weights = base.state_dict()
+    base, tokenizer = load_gpt2.load_gpt2(config.init)
     # A small model knows little: all of it has to learn, with much dropout against overfitting
     if config.dropout is None:
-        config = replace(config, dropout=0.3 if is_small(sizes) else 0.1)
+        config = replace(config, dropout=0.3 if is_small(base.config) else 0.1)
     if config.learning_rate is None:
-        is_high = is_small(sizes) or config.lora_rank
+        is_high = is_small(base.config) or config.lora_rank
         config = replace(config, learning_rate=1e-3 if is_high else 5e-5)
+    context_length = base.config.context_length
     if config.context_length is None:
-        n = sizes.context_length if config.lora_rank else max(sizes.context_length, min_context)
-        config = replace(config, context_length=n)
-    if config.lora_rank and config.context_length > sizes.context_length:
-        raise ValueError(
-            f"LoRA cannot learn more positions than the base has: {sizes.context_length}"
-        )
-    sizes = replace(sizes, dropout=config.dropout, context_length=config.context_length)
-    model = GPT(sizes)
-    if weights is not None:
-        positions = weights["wpe.weight"][: config.context_length]
-        new_positions = model.wpe.weight.detach()[len(positions) :]
-        weights["wpe.weight"] = torch.cat([positions, new_positions])
-        model.load_state_dict(weights)
+        config = replace(config, context_length=context_length)
+    if not 0 < config.context_length <= context_length:
+        raise ValueError(f"--context-length must be 1 to {context_length}, as {config.init} has it")
+    torch.manual_seed(config.seed)
+    model = GPT(replace(base.config, dropout=config.dropout))
+    model.load_state_dict(base.state_dict())
     if config.lora_rank:
         alpha, dropout = config.lora_alpha, config.lora_dropout
         add_lora(model, config.lora_rank, alpha, dropout, config.lora_targets or LORA_TARGETS)
@@ -524,7 +501,7 @@ def sorted_loader(rows, batch_size, collate_fn):
     return create_dataloader(rows, batch_size, collate_fn=collate_fn)
 
 
-def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save, report):
+def finetune(config, model, datasets, collate_fn, content, *, save, report):
     """Train a model on datasets (training, validation); save(model) gets merged LoRA weights."""
     training, validation = datasets
     steps_per_epoch = len(training) / config.batch_size
@@ -539,12 +516,9 @@ def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save,
         return collate_fn([training[row] for row in rows])
 
     def save_best():
-        for name in ("adapter", "responses.json"):  # those of earlier weights
-            path = config.out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        # Files of an earlier run
+        shutil.rmtree(config.out / "adapter", ignore_errors=True)
+        (config.out / "responses.json").unlink(missing_ok=True)
         save(merge_lora(copy.deepcopy(model)) if config.lora_rank else model)
 
     get_batch(0)  # if it fails, then before anything is written
@@ -556,9 +530,8 @@ def finetune(config, model, datasets, collate_fn, checkpoint, settings, *, save,
     )
     val_loader = sorted_loader(validation, config.micro_batch_size or config.batch_size, collate_fn)
     stopped_by = train(
-        model, get_batch, val_loader, config, config.out, save=save_best, report=report,
-        settings=settings, checkpoint=checkpoint,
-    )  # fmt: skip
+        model, get_batch, val_loader, config, save=save_best, report=report, content=content
+    )
     if stopped_by:
         print_on_rank_0("stopped; the same command goes on")
         sys.exit(128 + stopped_by)
@@ -576,7 +549,6 @@ class ClassifyConfig(FinetuneConfig):
     out: Path = option(Path("out/spam"), "output folder")
     text_column: str = option("text", "column of the texts")
     label_column: str = option("label", "column of the classes")
-    balance: bool = option(False, "use equally many rows of each class")
     train: str | None = option(
         None, "last: the head and the last block (default: last; all for small models)",
         choices=["head", "last", "all"],
@@ -585,76 +557,56 @@ class ClassifyConfig(FinetuneConfig):
 
 def classify(config):
     """Learn to classify texts."""
-    device = start_processes(config.device)
-    with run_folder(config.out):
-        columns = (config.text_column, config.label_column)
-        rows = read_rows(config.data, config.out.parent, columns)
-        rows = [(row[config.text_column], row[config.label_column]) for row in rows]
-        counts = Counter(label for _, label in rows)
-        classes = sorted(counts)
-        if config.balance:
-            rng = random.Random(config.seed)
-            groups = [[row for row in rows if row[1] == name] for name in classes]
-            rows = [row for group in groups for row in rng.sample(group, min(counts.values()))]
-        parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
-        if len(classes) < 2 or any({label for _, label in p} != set(classes) for p in parts):
-            raise ValueError(
-                f"{config.data}: needs two classes or more, and several rows of each; here are "
-                + ", ".join(f"{n} of {name}" for name, n in counts.items())
-            )
+    columns = (config.text_column, config.label_column)
+    rows = read_rows(config.data, config.out.parent, columns)
+    rows = [tuple(row.values()) for row in rows]  # (text, label)
+    counts = Counter(label for _, label in rows)
+    classes = sorted(counts)
+    parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
+    found = ", ".join(f"{counts[name]} {name}" for name in classes)
+    if len(classes) < 2 or any({label for _, label in part} != set(classes) for part in parts):
+        raise ValueError(
+            f"{config.data}: needs two classes or more, and several rows of each, not {found}"
+        )
+    gpt, tokenizer, config = load_base(config)
+    model = GPTClassifier(gpt, len(classes))
+    if config.train and config.lora_rank:
+        raise ValueError("--train and --lora-rank exclude each other: LoRA trains its adapters")
+    if not config.lora_rank:
+        what = config.train or ("all" if is_small(gpt.config) else "last")
+        gpt.requires_grad_(what == "all")
+        if what == "last":
+            gpt.h[-1].requires_grad_()
+            gpt.ln_f.requires_grad_()
+    datasets = [
+        ClassificationDataset(part, tokenizer, classes, config.context_length) for part in parts
+    ]
+    n_truncated = sum(dataset.n_truncated for dataset in datasets)
+    print_on_rank_0(f"{found}; {n_truncated} truncated to {config.context_length} tokens")
+    loaders = [sorted_loader(dataset, 32, collate_texts) for dataset in datasets]
 
-        gpt, tokenizer, filled = create_base(config, [text for text, _ in parts[0]])
-        settings, checkpoint = read_checkpoint(config.out, config, (rows, tokenizer.vocab))
-        model = GPTClassifier(gpt, len(classes))
-        if not config.lora_rank:
-            what = config.train or ("all" if is_small(gpt.config) else "last")
-            gpt.requires_grad_(what == "all")
-            if what == "last":
-                gpt.h[-1].requires_grad_()
-                gpt.ln_f.requires_grad_()
-        elif config.train:
-            raise ValueError("--train and --lora-rank exclude each other: LoRA trains its adapters")
-        model.to(device)
-        context_length = gpt.config.context_length
-        datasets = [ClassificationDataset(p, tokenizer, classes, context_length) for p in parts]
-        loaders = [sorted_loader(dataset, 32, collate_texts) for dataset in datasets]
-        is_main = process_rank()[0] == 0
-        if is_main:
-            counts = Counter(label for _, label in rows)
-            print(", ".join(f"{counts[name]} {name}" for name in classes), end="; ")
-            print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
-            if not checkpoint:
-                print_scores("before", model, loaders)
+    def save(merged):
+        save_classifier(merged, tokenizer, classes, config.out)
+        if config.lora_rank:
+            save_lora(model, config.out / "adapter", config.init, classes)
 
-        def save(merged):
-            save_classifier(merged, tokenizer, classes, config.out)
-            if config.lora_rank:
-                save_lora(model, config.out / "adapter", config.init, classes)
+    def report():
+        sample = sorted_loader(datasets[0][: len(datasets[1])], 32, collate_texts)
+        train, val = (accuracy(*predict_all(model, loader)) for loader in (sample, loaders[1]))
+        print(f"    accuracy: training {train:.1%}, validation {val:.1%}", flush=True)
+        return {"train_accuracy": train, "val_accuracy": val}
 
-        def report():
-            n_val = len(datasets[1])
-            sample = sorted_loader(datasets[0][:n_val], 32, collate_texts)
-            loaders_by_name = {"train_accuracy": sample, "val_accuracy": loaders[1]}
-            return {n: accuracy(*predict_all(model, x)) for n, x in loaders_by_name.items()}
-
-        finetune(
-            filled, model, datasets[:2], collate_texts, checkpoint, settings,
-            save=save, report=report,
-        )  # fmt: skip
-        if is_main:
-            best, _, _ = load_classifier(config.out)
-            best.to(device)
-            print_scores("after", best, loaders)
-            print(f'finished: python finetune.py predict {config.out} "{parts[2][0][0][:40]}"')
-
-
-def print_scores(when, model, loaders):
-    print(f"\n{when:12}    loss  accuracy")
-    for name, loader in zip(("training", "validation", "test"), loaders):
-        logits, labels = predict_all(model, loader)
-        loss = F.cross_entropy(logits, labels)
-        print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
-    print()
+    content = (rows, tokenizer.vocab)
+    finetune(config, model, datasets[:2], collate_texts, content, save=save, report=report)
+    if process_rank()[0] == 0:
+        best, _, _ = load_classifier(config.out)
+        best.to(config.device)
+        print("\n                loss  accuracy")
+        for name, loader in zip(("training", "validation", "test"), loaders):
+            logits, labels = predict_all(best, loader)
+            loss = F.cross_entropy(logits, labels)
+            print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
+        print(f'\nfinished: python finetune.py predict {config.out} "{parts[2][0][0][:40]}"')
 
 
 @dataclass(frozen=True)
@@ -668,50 +620,52 @@ class InstructConfig(FinetuneConfig):
 
 def instruct(config):
     """Learn to follow instructions."""
-    device = start_processes(config.device)
-    with run_folder(config.out):
-        columns = ("instruction", "input", "output")
-        entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
-        parts = split_rows(entries, config.seed, n_val=1, n_test=2)
-        texts = [format_prompt(entry) + entry["output"] for entry in parts[0]]
-        # In a small vocabulary, the prompt alone takes a hundred tokens
-        model, tokenizer, filled = create_base(config, texts, min_context=256)
-        settings, checkpoint = read_checkpoint(config.out, config, (entries, tokenizer.vocab))
-        model.to(device)
-        context_length = model.config.context_length
-        datasets = [InstructionDataset(part, tokenizer, context_length) for part in parts]
-        if not all(datasets):
-            raise ValueError(f"{config.data}: too few rows fit into {context_length} tokens")
-        training, validation, test = datasets
-        is_main = process_rank()[0] == 0
-        if is_main:
-            print(f"{len(entries)} rows, {sum(map(len, datasets))} prompts fit", end=", ")
-            print(f"{sum(d.n_truncated for d in datasets)} truncated to {context_length} tokens")
+    columns = ("instruction", "input", "output")
+    entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
+    parts = split_rows(entries, config.seed, n_val=1, n_test=2)
+    model, tokenizer, config = load_base(config)
+    datasets = [InstructionDataset(part, tokenizer, config.context_length) for part in parts]
+    if not all(datasets):
+        raise ValueError(f"{config.data}: too few rows fit into {config.context_length} tokens")
+    training, validation, test = datasets
+    n_truncated = sum(dataset.n_truncated for dataset in datasets)
+    print_on_rank_0(
+        f"{len(entries)} rows, {sum(map(len, datasets))} prompts fit, {n_truncated} truncated to "
+        f"{config.context_length} tokens"
+    )
 
-        def save(merged):
-            save_gpt2(merged, tokenizer, config.out, chat_template=CHAT_TEMPLATE)
-            if config.lora_rank:
-                save_lora(model, config.out / "adapter", config.init)
+    def save(merged):
+        save_gpt2(merged, tokenizer, config.out, chat_template=CHAT_TEMPLATE)
+        if config.lora_rank:
+            save_lora(model, config.out / "adapter", config.init)
 
-        def show_sample():
-            entry = validation.entries[0]
-            (response,) = respond(model, tokenizer, [entry], config.max_new_tokens)
-            text = f"{entry['instruction']} {entry['input']}\n-> {response}"
-            print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+    def show_sample():
+        entry = validation.entries[0]
+        (response,) = respond(model, tokenizer, [entry], config.max_new_tokens)
+        text = f"{entry['instruction']} {entry['input']}\n-> {response}"
+        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
-        finetune(
-            filled, model, [training, validation], collate_instructions, checkpoint, settings,
-            save=save, report=show_sample,
-        )  # fmt: skip
-        if is_main:
-            dtype = load_gpt2.fast_dtype(device)
-            best, _ = load_gpt2.load_gpt2(config.out, device=device, dtype=dtype)
-            responses = respond(best, tokenizer, test.entries, config.max_new_tokens)
-            results = [e | {"response": r} for e, r in zip(test.entries, responses)]
-            write_json(config.out / "responses.json", results)
-            for result in results[:3]:
-                print("\n" + "\n".join(f"{key:>13}: {text}" for key, text in result.items()))
-            print(f"\nall in {config.out}/responses.json; python finetune.py chat {config.out}")
+    content = (entries, tokenizer.vocab)
+    finetune(
+        config, model, [training, validation], collate_instructions, content,
+        save=save, report=show_sample,
+    )  # fmt: skip
+    if process_rank()[0] == 0:
+        dtype = load_gpt2.fast_dtype(config.device)
+        best, _ = load_gpt2.load_gpt2(config.out, device=config.device, dtype=dtype)
+        responses = respond(best, tokenizer, test.entries, config.max_new_tokens)
+        results = [e | {"response": r} for e, r in zip(test.entries, responses)]
+        write_json(config.out / "responses.json", results)
+        for result in results[:3]:
+            print("\n" + "\n".join(f"{key:>13}: {text}" for key, text in result.items()))
+        print(f"\nall in {config.out}/responses.json; python finetune.py chat {config.out}")
+
+
+def merge_adapter(model, folder, adapter):
+    """Load adapters for the model of a folder, and merge them."""
+    if Path(adapter).resolve().parent == Path(folder).resolve():
+        raise ValueError(f"the weights in {folder} already contain {adapter}")
+    return merge_lora(load_lora(model, adapter))
 
 
 def predict(folder, texts, adapter, device):
@@ -721,7 +675,7 @@ def predict(folder, texts, adapter, device):
         path = Path(adapter) / "classes.json"
         with named_errors(path):
             classes = [str(name) for name in read_json(path)["classes"]]
-        model = merge_lora(load_lora(GPTClassifier(gpt, len(classes)), adapter))
+        model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)
     texts = texts or sys.stdin.read().rstrip("\n").split("\n")
@@ -743,7 +697,7 @@ def chat(folder, adapter, temperature, top_k, max_new_tokens, device):
     """Give instructions to a model."""
     model, tokenizer = load_gpt2.load_gpt2(folder)
     if adapter:
-        model = merge_lora(load_lora(model, adapter))
+        model = merge_adapter(model, folder, adapter)
     model.to(device, load_gpt2.fast_dtype(device)).eval()
     print("Each line is an instruction of its own. Ctrl-C stops a response, Ctrl-D ends the chat.")
     while True:
@@ -841,15 +795,13 @@ def main():
     add("--url", default="http://localhost:11434/v1", help="of the server; this is Ollama's")
     add("--model", default="llama3", help="name of the judge on the server")
 
-    args, rest = parser.parse_known_args()
-    args = vars(args)
+    args = vars(parser.parse_args())
     command = args.pop("command")
-    if command == "predict" and not any(text.startswith("--") for text in rest):
-        args["texts"] += rest  # argparse does not expect texts after an option
-    elif rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
     if command in configs:
-        functions[command](configs[command](**args))
+        config = configs[command](**args)
+        start_processes(config.device)
+        with run_folder(config.out):
+            functions[command](config)
     else:
         functions[command](**args)
     if dist.is_initialized():

@@ -59,7 +59,7 @@ def read_safetensors(path):
         header_size = int.from_bytes(file.read(8), "little")
         if header_size > size - 8:
             raise ValueError(f"cut short, or not a safetensors file ({size:,} bytes)")
-        header = json.loads(file.read(header_size))
+        header = json.loads(file.read(header_size), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[8 + header_size :]
         tensors = {}
@@ -98,6 +98,12 @@ def write_safetensors(path, tensors):
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def unique_keys(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
 
 
 @contextlib.contextmanager
@@ -414,31 +420,38 @@ LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of
 
 def download(url, path, token=""):
     """
-    Download a file, unless it exists. An interrupted download is resumed by the next attempt or the
-    next process. It is tried again while the network fails or the server is busy. Length and, if
-    the hub gives it, SHA-256 are checked. token: for the hub; it is not sent to other hosts.
+    Download a file, unless it exists. While the network fails or the server is busy, it tries again
+    and goes on where it stopped, as does the next process. Length and, if the hub gives it, SHA-256
+    are checked. token: for the hub; it is not sent to other hosts.
     Raises requests.RequestException, or ValueError for a wrong SHA-256.
     """
     path = Path(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.part")
     lock = FileLock(f"{path}.lock")
-    with lock:
-        waits = list(WAITS)
-        largest = part.stat().st_size if part.exists() else 0
-        while not path.exists():  # another process may have completed it
-            try:
-                fetch_rest(url, path, part, token)
-            except requests.RequestException as error:
-                size = part.stat().st_size if part.exists() else 0
-                if size > largest:  # the attempt brought something
-                    waits = list(WAITS)
-                    largest = size
-                time.sleep(wait_before_retry(error, waits))
-    with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
-        os.unlink(lock.lock_file)
+    try:
+        with lock:
+            complete(url, path, token)
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
+            os.unlink(lock.lock_file)
+
+
+def complete(url, path, token):
+    """Repeat `fetch_rest`, with longer and longer waits, until the file is complete."""
+    part = Path(f"{path}.part")
+    waits = list(WAITS)
+    largest = part.stat().st_size if part.exists() else 0
+    while not path.exists():  # another process may have completed it
+        try:
+            fetch_rest(url, path, part, token)
+        except requests.RequestException as error:
+            size = part.stat().st_size if part.exists() else 0
+            if size > largest:  # the attempt brought something
+                waits = list(WAITS)
+                largest = size
+            time.sleep(wait_before_retry(error, waits))
 
 
 def wait_before_retry(error, waits):
@@ -630,6 +643,7 @@ def parse_arguments():
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
     add("--top-p", type=float, default=1.0, help="nucleus sampling: from the tokens that reach p")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--adapter", metavar="FOLDER", help="LoRA adapters for the model")
     add("--evaluate", metavar="FILE", help="instead: loss per token and perplexity of this text")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     dtype_help = "of the weights; auto: float32 for --evaluate, else what is fast on the device"
@@ -643,7 +657,13 @@ def main():
     dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
+    # Adapters are merged in float32
+    model, tokenizer = load_gpt2(args.model, dtype=torch.float32 if args.adapter else dtype)
+    if args.adapter:
+        from finetune import merge_adapter  # the only import from a file further up
+
+        model = merge_adapter(model, args.model, args.adapter)
+    model.to(args.device, dtype)
     if args.evaluate:
         with named_errors(args.evaluate):
             ids = tokenizer.encode(Path(args.evaluate).read_text(encoding="utf-8"))

@@ -25,7 +25,6 @@ import textwrap
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +40,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, default_collate
 
 import load_gpt2
-from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, create_dataloader, eval_mode
+from gpt import (
+    END_OF_TEXT,
+    GPT,
+    GPT2_CONFIGS,
+    GPTConfig,
+    TokenDataset,
+    Tokenizer,
+    create_dataloader,
+    eval_mode,
+)
 from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_progress
 
 # --------------------------------------------------------------------------------------------------
@@ -77,6 +85,12 @@ class TrainConfig:
     eval_every: int = option(50, "steps between validations, samples and saves")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, the faster one")
     seed: int = option(1, "of weights, shuffling, dropout and samples")
+    out: Path | None = option(None, "output folder")
+    overwrite: bool = option(False, "replace the run in the output folder")
+    device: str = option(load_gpt2.default_device(), "cpu, cuda, mps", type=load_gpt2.usable_device)
+
+    # What may change when a run goes on
+    may_change = {"steps", "micro_batch_size", "out", "overwrite", "device"}
 
     def __post_init__(self):
         sizes = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every)
@@ -90,48 +104,38 @@ class TrainConfig:
             raise ValueError(f"dtype {self.dtype} is not auto, float32 or bfloat16")
 
 
-@dataclass(frozen=True)
-class RunConfig(TrainConfig):
-    out: Path | None = option(None, "output folder")
-    overwrite: bool = option(False, "replace the run in the output folder")
-    device: str = option(load_gpt2.default_device(), "cpu, cuda, mps", type=load_gpt2.usable_device)
-
-    # What may change when a run goes on
-    may_change = {"steps", "micro_batch_size", "out", "overwrite", "device"}
-
-
 # --------------------------------------------------------------------------------------------------
 # The training loop. A batch is the tuple of the model's arguments, targets last; the model returns
 # the mean loss over the targets that are not -100. Nothing here knows about language.
 
 
-def train(
-    model, get_batch, val_loader, config, out, *, save, report=None, settings=None, checkpoint=None
-):
+def train(model, get_batch, val_loader, config, *, save, report=None, content=None):
     """
-    Train a model on the device where it is.
+    Train a model.
 
     get_batch: a function, step -> batch. It must depend on nothing else, so that a resumed run
         repeats what an uninterrupted one does; see `shuffled_rows`.
     val_loader: an iterable of batches.
-    settings, checkpoint: from `read_checkpoint`.
+    content: what the run learns from, anything with a repr. See `read_checkpoint`.
 
     At the start, every eval_every steps and at the end:
         compute the mean loss over val_loader; if it is the best so far, call save();
         call report(), which may return more columns for losses.csv;
         write losses.csv and resume.pt.
     Ctrl-C and SIGTERM save and stop the run after the current step; then the signal is returned,
-    else None. Raises FloatingPointError for a loss that is not finite.
+    else None. Raises FloatingPointError for a loss that is not finite, ValueError if the folder
+    holds another run.
     """
-    out = Path(out)
+    out = Path(config.out)
     rank, world_size = process_rank()
     if config.batch_size < world_size:
         raise ValueError(f"a batch of {config.batch_size} sequences for {world_size} processes")
-    device = next(model.parameters()).device
+    device = torch.device(config.device)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-    optimizers = create_optimizers(model, config)
+    optimizers = create_optimizers(model.to(device), config)
     state = {"step": 0, "validated_at": None, "best_loss": math.inf, "history": [{"step": 0}]}
+    settings, checkpoint = read_checkpoint(config, content)
     if checkpoint:
         with named_errors(out / "resume.pt"):
             state = {name: checkpoint[name] for name in state}
@@ -372,14 +376,11 @@ def keep_freed_memory():
 
 
 def start_processes(device):
-    """Join the processes that torchrun started. -> the device of this one"""
-    if not dist.is_torchelastic_launched():
-        return torch.device(device)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device)
+    """Join the processes that torchrun started, if it did. On GPUs, each has one of its own."""
+    if dist.is_torchelastic_launched():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from now on
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
 def process_rank():
@@ -424,14 +425,14 @@ def run_folder(out):
         raise ValueError(f"{out}: another run writes to this folder") from None
 
 
-def read_checkpoint(out, config, content):
+def read_checkpoint(config, content):
     """
     -> the settings that a later start must repeat; the state that an earlier start saved, or None.
     content: what the run learns from. Raises ValueError if a setting or the content has changed, or
     if the folder holds something else.
     """
-    fixed = [f.name for f in fields(config) if f.name not in config.may_change]
-    settings = {name: getattr(config, name) for name in fixed}
+    out = Path(config.out)
+    settings = {name: v for name, v in vars(config).items() if name not in config.may_change}
     settings["content"] = hashlib.sha256(repr(content).encode()).hexdigest()
     path = out / "resume.pt"
     names = ("resume.pt", "config.json", "model.safetensors", "merges.txt", "adapter")
@@ -449,11 +450,9 @@ def read_checkpoint(out, config, content):
         changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         name = changed[0]
-        values = ("the default" if v is None else v for v in (before.get(name), settings[name]))
+        what = f"--{name.replace('_', '-')} was {before.get(name)} and is {settings[name]}"
         if name == "content":
             what = "the data or the vocabulary has changed"
-        else:
-            what = "--{} was {} and is {}".format(name.replace("_", "-"), *values)
         raise ValueError(f"{out} holds a run, but {what}; --overwrite replaces the run")
     return settings, checkpoint
 
@@ -474,21 +473,20 @@ def write_state(out, state):
 
 
 def plot_history(history, path):
-    """Draw the losses, and the accuracies if there are any."""
+    """Draw losses and accuracies over the steps."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path.name} is not drawn: it needs `pip install matplotlib`")
         return
-    names = dict.fromkeys(name for row in history for name in row)
-    kinds = [kind for kind in ("loss", "accuracy") if any(kind in name for name in names)]
-    figure = Figure(figsize=(7, 4 * len(kinds)), layout="constrained")
-    for axes, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds):
-        for name in (name for name in names if kind in name):
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(name for row in history for name in row):
+        if name not in ("step", "learning_rate"):
             points = [(row["step"], row[name]) for row in history if name in row]
             axes.plot(*zip(*points), label=name, alpha=0.7)
-        axes.set(xlabel="step", ylabel=kind)
-        axes.legend()
+    axes.set(xlabel="step")
+    axes.legend()
     with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
@@ -515,33 +513,22 @@ def find_files(names, folder):
     return paths
 
 
-def read_documents(paths):
-    """Texts -> list of str. A line <|endoftext|> also separates documents, as in TinyStories."""
+def read_texts(paths):
+    """-> one str, with a line <|endoftext|> before each text, as between documents in a text"""
     size = sum(path.stat().st_size for path in paths)
     if size > MAX_TEXT_BYTES:
         raise ValueError(
             f"{size:,} bytes of text do not fit in memory (the limit is {MAX_TEXT_BYTES:,}): "
             "data/prepare.py makes token files of them, for --bin"
         )
-    documents = []
+    result = ""
     for path in paths:
         with named_errors(path):
-            text = path.read_text(encoding="utf-8-sig")
-        documents += re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ValueError(f"{paths[0]}: no text")
-    return documents
-
-
-def encode_documents(documents, tokenizer):
-    """-> one array of ids, with an end-of-text before each document; on all cores"""
-
-    def encode(document):
-        return np.array([tokenizer.eot, *tokenizer.encode(document)], dtype=np.int32)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads, because tiktoken releases the GIL
-        return np.concatenate(list(pool.map(encode, documents)))
+            text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
+            if not text.strip():
+                raise ValueError("no text")
+        result += f"{END_OF_TEXT}\n{text}\n"
+    return result
 
 
 def read_tokens(path, vocab_size):
@@ -604,7 +591,7 @@ STORIES = Path(__file__).with_name("data") / "stories.txt"
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(TrainConfig):
     steps: int = option(500, "updates of the weights")
     batch_size: int = option(8, "sequences per update, over all processes")
     optimizer: str | None = option(None, "default: muon for small models, else adamw")
@@ -624,7 +611,7 @@ class PretrainConfig(RunConfig):
     compile: bool = option(torch.cuda.is_available(), "torch.compile the model")
 
     # Data may move; its content is compared
-    may_change = RunConfig.may_change | {"text", "bin", "compile"}
+    may_change = TrainConfig.may_change | {"text", "bin", "compile"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -640,7 +627,7 @@ def is_small(config):
     return config.n_embd < GPTConfig.n_embd  # smaller than any published GPT-2
 
 
-def create_model(config, documents):
+def create_model(config, text):
     """-> a model with random weights or those of --init, its tokenizer"""
     torch.manual_seed(config.seed)
     if config.init:
@@ -655,7 +642,8 @@ def create_model(config, documents):
     elif config.bin or vocab_size == GPTConfig.vocab_size:
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
-        tokenizer = Tokenizer.train("".join(documents)[:1_000_000], vocab_size)
+        text = text.replace(f"{END_OF_TEXT}\n", "")
+        tokenizer = Tokenizer.train(text[:1_000_000], vocab_size)
     sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
     if config.context_length is not None:
         sizes = replace(sizes, context_length=config.context_length)
@@ -664,18 +652,18 @@ def create_model(config, documents):
     return GPT(sizes), tokenizer
 
 
-def pretrain(config, out, device):
+def pretrain(config):
     """-> the signal that stopped the run, or None"""
-    paths = find_files(config.bin or config.text or [STORIES], out.parent)
-    documents = [] if config.bin else read_documents(paths)
-    model, tokenizer = create_model(config, documents)
+    paths = find_files(config.bin or config.text or [STORIES], config.out.parent)
+    text = "" if config.bin else read_texts(paths)
+    model, tokenizer = create_model(config, text)
     if config.bin:
         # nanoGPT writes meta.pkl for vocabularies of characters; it is a pickle: not opened here
         if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
             raise ValueError("meta.pkl beside the token files: not GPT-2's ids; use --tokenizer")
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
-        shards = [("text", encode_documents(documents, tokenizer))]
+        shards = [("text", tokenizer.encode_documents(text))]
     context_length = config.context_length
     if context_length is None:
         context_length = model.config.context_length
@@ -695,12 +683,11 @@ def pretrain(config, out, device):
 
     # A fingerprint of the data, to refuse to go on with other data
     content = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
-    settings, checkpoint = read_checkpoint(out, config, (content, tokenizer.vocab))
     if config.optimizer is None:
         config = replace(config, optimizer="muon" if is_small(model.config) else "adamw")
     if config.learning_rate is None:
         config = replace(config, learning_rate=6e-3 if is_small(model.config) else 6e-4)
-    if config.micro_batch_size is None and device.type == "cpu":
+    if config.micro_batch_size is None and config.device == "cpu":
         # On a CPU, more tokens at once take more memory, but no less time
         config = replace(config, micro_batch_size=max(1, 2048 // context_length))
     val_loader = create_dataloader(val_data, config.micro_batch_size or config.batch_size)
@@ -715,25 +702,25 @@ def pretrain(config, out, device):
 
     def show_sample():
         options = {"temperature": 0.6, "top_k": 50, "eos_id": tokenizer.eot}
-        generator = torch.Generator(device).manual_seed(config.seed)
+        generator = torch.Generator(config.device).manual_seed(config.seed)
         new_ids = model.stream(prompt, 100, generator=generator, **options)
         text = config.prompt + tokenizer.decode(new_ids)
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
+    is_cuda = config.device.startswith("cuda")
     get_batch(0)  # if it fails, then before anything is written
-    model.to(device)
-    if config.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if config.compile and is_cuda and importlib.util.find_spec("triton") is None:
         print("torch.compile needs Triton, which is not installed: going on without it")
     elif config.compile:
         model.compile()  # in place, so that parameters keep their names
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print_on_rank_0(
         f"{n_parameters / 1e6:.1f}M parameters; {len(train_data):,} windows of {context_length} "
-        f"tokens, {len(val_data)} for validation; {device}"
+        f"tokens, {len(val_data)} for validation; {config.device}"
     )
     return train(
-        model, get_batch, val_loader, config, out, settings=settings, checkpoint=checkpoint,
-        save=lambda: load_gpt2.save_gpt2(model, tokenizer, out), report=show_sample,
+        model, get_batch, val_loader, config, content=(content, tokenizer.vocab),
+        save=lambda: load_gpt2.save_gpt2(model, tokenizer, config.out), report=show_sample,
     )  # fmt: skip
 
 
@@ -741,14 +728,14 @@ def main():
     parser = load_gpt2.CommandLine(description="Train a GPT on a text.")
     add_options(parser, PretrainConfig)
     config = PretrainConfig(**vars(parser.parse_args()))
-    source = Path((config.bin or config.text or [STORIES])[0])
-    name = source.resolve().parent.name if config.bin else source.stem
-    name = re.sub(r"\W+", "-", name).strip("-") or "run"
-    out = config.out or Path("out") / name
-    device = start_processes(config.device)
-    with run_folder(out):
-        stopped_by = pretrain(config, out, device)
-    finished = f'finished: python load_gpt2.py {out} --prompt "{config.prompt}"'
+    if config.out is None:
+        source = Path((config.bin or config.text or [STORIES])[0])
+        name = source.resolve().parent.name if config.bin else source.stem
+        config = replace(config, out=Path("out") / (re.sub(r"\W+", "-", name).strip("-") or "run"))
+    start_processes(config.device)
+    with run_folder(config.out):
+        stopped_by = pretrain(config)
+    finished = f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"'
     print_on_rank_0("stopped; the same command goes on" if stopped_by else finished)
     if dist.is_initialized():
         dist.destroy_process_group()

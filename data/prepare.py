@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from gpt import Tokenizer
+from gpt import END_OF_TEXT, Tokenizer
 from load_gpt2 import (
     CommandLine,
     atomic_write,
@@ -79,20 +79,13 @@ def plan_pieces(paths):
 def encode_piece(piece, tokenizer, bin_path):
     """Write the token file of a piece: 256 int32 (llm.c's header), then uint16 ids."""
     path, begin, end = piece
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, named_errors(path):
         file.seek(begin)
-        data = file.read(end - begin)
-    with named_errors(path):
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        text = file.read(end - begin).decode("utf-8").removeprefix("\ufeff")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-    parts = []
-    for i, document in enumerate(documents):
-        if begin == 0 or i > 0:  # else the piece begins within a document
-            parts.append([tokenizer.eot])
-        # As `tokenizer.encode`, but without a Python object for each id
-        parts.append(tokenizer.encoding.encode_to_numpy(document, disallowed_special=()))
-    ids = np.concatenate(parts).astype("<u2")
+    if begin == 0:
+        text = f"{END_OF_TEXT}\n{text}"
+    ids = tokenizer.encode_documents(text).astype("<u2")
     header = np.zeros(256, dtype="<i4")
     header[:3] = (20240520, 1, len(ids))
     with atomic_write(bin_path) as part, open(part, "wb") as file:

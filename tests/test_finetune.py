@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from conftest import run_main
 
 import finetune as finetune_py
+import load_gpt2 as load_gpt2_py
 from finetune import (
     ClassificationDataset,
     GPTClassifier,
@@ -555,6 +556,18 @@ def test_split_of_few_rows():
 # The commands
 
 
+def long_base(folder):
+    """TINY with room for a prompt"""
+    gpt, tokenizer = load_gpt2(TINY)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(320, context_length=200, n_layer=2, n_head=3, n_embd=24))
+    weights = gpt.state_dict()
+    weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight.data[48:]])
+    model.load_state_dict(weights)
+    save_gpt2(model, tokenizer, folder)
+    return folder
+
+
 @pytest.fixture
 def messages(tmp_path):
     """Two classes that can be told apart by a word, in different numbers"""
@@ -579,7 +592,7 @@ def instructions(tmp_path):
 )
 def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     out = tmp_path / "out"
-    args = ["--data", messages, "--out", out, *QUICK, "--epochs", 6, "--balance"]
+    args = ["--data", messages, "--out", out, *QUICK, "--epochs", 6]
     args += ["--context-length", 30, *how]
     code, output, error = run(monkeypatch, capsys, "classify", *args)
     assert code == 0, error
@@ -588,13 +601,13 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     curve = [row for row in read_losses(out) if row["val_loss"]]
     for name in ("train_accuracy", "val_accuracy"):
         assert all(0 <= float(row[name]) <= 1 for row in curve)
-    # Once an epoch of 28 rows, and at the end
-    assert [row["step"] for row in curve] == ["0", "4", "8", "12", "16", "20", "21"]
+    # Once an epoch of 34 rows, and at the end
+    assert [row["step"] for row in curve] == ["0", "5", "10", "15", "20", "25", "26"]
 
     # Only what was to be trained has changed
     before = load_gpt2(TINY)[0].state_dict()
     after = load_classifier(out)[0].transformer.state_dict()
-    before["wpe.weight"] = before["wpe.weight"][:30]
+    before["wpe.weight"][30:] = after["wpe.weight"][30:]  # no text is that long
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if "last" in how:
         assert changed
@@ -611,7 +624,7 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert [line[2] for line in lines] == ["see you at 7", "win now now now"]
     assert all(0.5 < float(line[1]) <= 1 for line in lines)
     if "--lora-rank" in how:  # the adapter does on the base what the merged model does
-        args = ["--adapter", out / "adapter", TINY, "see you at 7", "win now now now"]
+        args = [TINY, "see you at 7", "win now now now", "--adapter", out / "adapter"]
         assert run(monkeypatch, capsys, "predict", *args)[1] == output
 
 
@@ -634,14 +647,6 @@ def test_predict_reads_lines(monkeypatch, capsys, tmp_path):
     assert is_error(code, error)
 
 
-def test_options_of_predict_may_stand_before_the_texts(monkeypatch, capsys, tmp_path):
-    save_classifier(GPTClassifier(load_gpt2(TINY)[0], 2), load_gpt2(TINY)[1], "ab", tmp_path)
-    args = [tmp_path, "--device", "cpu", "see you"]
-    code, output, error = run(monkeypatch, capsys, "predict", *args)
-    assert code == 0, error
-    assert output.endswith("\tsee you\n")
-
-
 def test_optimizer_state_is_for_the_adapters_only(monkeypatch, capsys, tmp_path, messages):
     args = ["--data", messages, "--out", tmp_path / "out", *QUICK, "--lora-rank", 4]
     assert run(monkeypatch, capsys, "classify", *args)[0] == 0
@@ -652,16 +657,14 @@ def test_optimizer_state_is_for_the_adapters_only(monkeypatch, capsys, tmp_path,
     assert held == adapters + 2 * C  # the head has two rows
 
 
-def test_random_weights_and_a_vocabulary_of_the_rows(monkeypatch, capsys, tmp_path):
+def test_columns_and_labels_that_are_numbers(monkeypatch, capsys, tmp_path):
     rows = [{"v1": int(i % 3 > 0) * 10 + i % 3, "v2": f"text {i % 3}"} for i in range(60)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    args = ["--init", "random", "--data", tmp_path / "d.json", "--out", tmp_path / "out"]
-    args += ["--epochs", 1, "--text-column", "v2", "--label-column", "v1", "--train", "head"]
+    args = ["--data", tmp_path / "d.json", "--out", tmp_path / "out", *QUICK]
+    args += ["--text-column", "v2", "--label-column", "v1", "--train", "head"]
     code, output, error = run(monkeypatch, capsys, "classify", *args)
     assert code == 0, error
     model, tokenizer, classes = load_classifier(tmp_path / "out")
-    assert tokenizer.vocab_size < 400
-    assert model.transformer.config.n_layer == 2
     assert classes == ["0", "11", "12"]
     assert f"{model.score.weight.numel()} of " in output
 
@@ -676,8 +679,8 @@ def test_the_same_command_repeats_the_report_of_a_finished_run(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, second, error = run(monkeypatch, capsys, *args)
     assert code == 0, error
-    assert "finished at step 5" in second and "before" not in second
-    assert second.partition("\nafter")[2] == first.partition("\nafter")[2] != ""
+    assert "finished at step 5" in second
+    assert second.partition("loss  accuracy")[2] == first.partition("loss  accuracy")[2] != ""
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob("*.lock"))
 
@@ -740,6 +743,7 @@ def test_the_missing_base_is_explained(monkeypatch, capsys, tmp_path):
 def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions):
     out = tmp_path / "out"
     args = ["--data", instructions, "--out", out, *QUICK, "--max-new-tokens", 8]
+    args += ["--init", long_base(tmp_path / "base")]
     code, output, error = run(monkeypatch, capsys, "instruct", *args)
     assert code == 0, error
     losses = [float(row["val_loss"]) for row in read_losses(out) if row["val_loss"]]
@@ -750,22 +754,34 @@ def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions)
     assert all(list(row) == columns for row in results)
     model, tokenizer = load_gpt2(out)
     assert [row["response"] for row in results] == respond(model, tokenizer, results, 8)
-    # The context has grown: the prompt alone is longer than the 48 tokens of the base
-    assert model.config.context_length == 256
-    known = load_gpt2(TINY)[0].wpe.weight
-    assert (model.wpe.weight[:48] - known).abs().max() < 0.05
+    for init, length, message in ((TINY, [], "48"), ("base", ["--context-length", 201], "200")):
+        args = ["--data", instructions, *QUICK, "--init", tmp_path / init, *length]
+        code, _, error = run(monkeypatch, capsys, "instruct", *args, "--out", tmp_path / "none")
+        assert is_error(code, error) and message in error  # no prompt fits; more than the base has
 
 
-def long_base(folder):
-    """TINY with room for a prompt"""
-    gpt, tokenizer = load_gpt2(TINY)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(320, context_length=200, n_layer=2, n_head=3, n_embd=24))
-    weights = gpt.state_dict()
-    weights["wpe.weight"] = torch.cat([weights["wpe.weight"], model.wpe.weight.data[48:]])
-    model.load_state_dict(weights)
-    save_gpt2(model, tokenizer, folder)
-    return folder
+def test_an_adapter_completes_texts_as_the_merged_model(
+    monkeypatch, capsys, tmp_path, instructions
+):
+    base, out = long_base(tmp_path / "base"), tmp_path / "out"
+    args = ["--data", instructions, *QUICK, "--init", base, "--out", out, "--lora-rank", 2]
+    args += ["--learning-rate", 0.1, "--max-new-tokens", 2]
+    code, _, error = run(monkeypatch, capsys, "instruct", *args)
+    assert code == 0, error
+    options = ["--prompt", "Say 3.", "--temperature", 0, "--max-new-tokens", 20]
+
+    def complete(*args):
+        code, output, error = run_main(load_gpt2_py, monkeypatch, capsys, *args, *options)
+        assert code == 0, error
+        return output
+
+    text = complete(base, "--adapter", out / "adapter")
+    assert text == complete(out) != complete(base)
+    # The model beside the adapter contains it already
+    for script, command in ((load_gpt2_py, []), (finetune_py, ["chat"])):
+        args = [*command, out, "--adapter", out / "adapter"]
+        code, _, error = run_main(script, monkeypatch, capsys, *args)
+        assert is_error(code, error) and "already contain" in error
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", 2, "--lora-dropout", 0]])
@@ -789,14 +805,6 @@ def test_the_loss_does_not_depend_on_micro_batches(
         assert torch.allclose(adapted(ids), load_gpt2(tmp_path / "8")[0](ids), atol=1e-5)
 
 
-def test_lora_does_not_add_positions(monkeypatch, capsys, tmp_path, instructions):
-    args = ["--data", instructions, "--out", tmp_path / "out", *QUICK, "--lora-rank", 2]
-    code, _, error = run(monkeypatch, capsys, "instruct", *args)  # no prompt fits into 48 tokens
-    assert is_error(code, error) and "48" in error
-    code, _, error = run(monkeypatch, capsys, "instruct", *args, "--context-length", 200)
-    assert is_error(code, error) and "48" in error
-
-
 @pytest.mark.parametrize("command", ["classify", "instruct"])
 def test_interrupted_and_resumed_is_uninterrupted(
     monkeypatch, capsys, tmp_path, messages, instructions, command
@@ -807,6 +815,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
         names = ["adapter/adapter_model.safetensors", "adapter/classes.json"]
     else:
         args += ["--data", instructions, "--max-new-tokens", 4]
+        args += ["--init", long_base(tmp_path / "base")]
         names = ["responses.json"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, _, error = run(monkeypatch, capsys, *args, "--out", whole)

@@ -28,11 +28,9 @@ from gpt import GPT, GPTConfig, create_dataloader
 from load_gpt2 import load_gpt2, write_safetensors
 from train import (
     PretrainConfig,
-    RunConfig,
     TrainConfig,
     create_optimizers,
-    read_checkpoint,
-    read_documents,
+    read_texts,
     read_tokens,
     run_folder,
     scheduled_learning_rate,
@@ -104,8 +102,8 @@ def captured(monkeypatch, capsys, tmp_path):
     def go(*args, base=QUICK):
         given = {}
 
-        def fake_train(model, get_batch, val_loader, config, out, **others):
-            given.update(model=model, get_batch=get_batch, config=config, out=out)
+        def fake_train(model, get_batch, val_loader, config, **others):
+            given.update(model=model, get_batch=get_batch, config=config)
             batches = [*map(get_batch, range(3)), *val_loader]
             given.update(batches=[x.tolist() for batch in batches for x in batch])
 
@@ -200,16 +198,14 @@ def toy_batch(step):
 def toy_run(out, *, get_batch=toy_batch, dropout=0.0, val_loader=None, **settings):
     """Train the toy, or go on with it. -> the signal that stopped it, or None"""
     settings = {"steps": 10, "eval_every": 5, "grad_clip": 0.5, **settings}
-    config = RunConfig(batch_size=6, dtype="float32", warmup=0, device="cpu", **settings)
+    config = TrainConfig(batch_size=6, dtype="float32", warmup=0, device="cpu", out=out, **settings)
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**vars(TOY) | {"dropout": dropout}))
-    kept, checkpoint = read_checkpoint(out, config, "the toy")
     return train(
         model, toy_batch if get_batch is None else get_batch,
-        val_loader or create_dataloader(toy_rows(), 3), config, out,
+        val_loader or create_dataloader(toy_rows(), 3), config, content="the toy",
         save=lambda: write_safetensors(out / "model.safetensors", model.state_dict()),
-        settings=kept, checkpoint=checkpoint,
     )  # fmt: skip
 
 
@@ -354,11 +350,13 @@ def test_report_adds_columns_and_tokens_per_second_count_all_rows(tmp_path, monk
     ticks = count()
     monkeypatch.setattr(train_py.time, "perf_counter", lambda: next(ticks))  # a step is a second
     model = GPT(TOY)
-    config = TrainConfig(steps=4, batch_size=6, micro_batch_size=2, eval_every=4, dtype="float32")
+    config = TrainConfig(
+        steps=4, batch_size=6, micro_batch_size=2, eval_every=4, dtype="float32", out=tmp_path
+    )
     val_loader = create_dataloader(toy_rows(), 16)
     numbers = count()
     train(
-        model, toy_batch, val_loader, config, tmp_path,
+        model, toy_batch, val_loader, config,
         save=lambda: None, report=lambda: {"accuracy": next(numbers)},
     )  # fmt: skip
     assert [row["accuracy"] for row in read_losses(tmp_path)] == ["0", "", "", "", "1"]
@@ -591,9 +589,9 @@ def test_a_run_goes_on_with_more_steps_and_other_means(monkeypatch, capsys, quic
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--learning-rate", 0.002], "--learning-rate was the default and is 0.002"),
-        (["--optimizer", "adamw"], "--optimizer was the default"),
-        (["--dropout", 0.3], "--dropout was the default"),
+        (["--learning-rate", 0.002], "--learning-rate was 0.006 and is 0.002"),
+        (["--optimizer", "adamw"], "--optimizer was muon and is adamw"),
+        (["--dropout", 0.3], "--dropout was None and is 0.3"),
         (["--prompt", "The"], "--prompt was One day"),
         (["--text", "{}/other.txt"], "the data or the vocabulary has changed"),
     ],
@@ -716,7 +714,8 @@ def test_a_run_leaves_a_folder_that_opens(monkeypatch, quick, tmp_path, capsys):
     assert model.config.vocab_size == tokenizer.vocab_size == 300
     assert model.config.context_length == 16
     # The folder holds the weights with the best validation loss: measured again, they give it
-    documents = (tmp_path / "text.txt").read_text("utf-8").split("<|endoftext|>\n")
+    text = (tmp_path / "text.txt").read_text("utf-8") + "\n"  # the text has none at its end
+    documents = text.split("<|endoftext|>\n")
     ids = [i for document in documents for i in [tokenizer.eot, *tokenizer.encode(document)]]
     ids = ids[-(len(ids) // 10) :]
     stride, last = max(16, math.ceil(len(ids) / 8)), len(ids) - 17
@@ -803,8 +802,8 @@ def test_a_line_with_the_mark_separates_documents(captured, tmp_path):
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     texts[0].write_bytes(text.encode())
     texts[1].write_bytes("Four, über 東京.".encode())
-    documents = ["One, <|endoftext|> in a line.\n", "\nTwo.\n", "Three.\n", "Four, über 東京."]
-    assert read_documents(texts) == documents
+    documents = ["One, <|endoftext|> in a line.\n", "\nTwo.\n", "Three.\n", "Four, über 東京.\n"]
+    assert read_texts(texts) == "".join("<|endoftext|>\n" + document for document in documents)
     tokenizer = load_gpt2(TINY)[1]
     ids = [i for document in documents for i in [tokenizer.eot, *tokenizer.encode(document)]]
     given = captured("--text", *texts, "--context-length", 4)

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -121,26 +120,6 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids. Special tokens in the text are encoded as ordinary characters."""
         return self.encoding.encode(text, disallowed_special=())
-
-    def encode_documents(self, text):
-        """
-        Text with a line <|endoftext|> between documents -> array of ids, in which it is one token.
-        Within a line, it is encoded as ordinary characters.
-        """
-        documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-        allowed = set()
-        if text.count(END_OF_TEXT) == len(documents) - 1:  # all separate: one call is faster
-            documents = [END_OF_TEXT.join(documents)]
-            allowed = {END_OF_TEXT}
-        parts = []
-        for document in documents:
-            parts.append(np.array([self.eot], dtype=np.uint32))
-            parts.append(
-                self.encoding.encode_to_numpy(
-                    document, allowed_special=allowed, disallowed_special=()
-                )
-            )
-        return np.concatenate(parts[1:])
 
     def decode(self, ids):
         """ids -> str. Unknown ids, and bytes that are not valid UTF-8, become U+FFFD."""

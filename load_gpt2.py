@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import requests
 import torch
 from filelock import FileLock  # installed with torch
@@ -527,7 +528,26 @@ def hub_sha256(response):
 
 
 # --------------------------------------------------------------------------------------------------
-# What all scripts share: devices, progress, and errors of one line
+# What all scripts share: texts, devices, progress, and errors of one line
+
+
+def encode_documents(text, tokenizer):
+    """
+    Text with a line <|endoftext|> between documents -> array of ids, in which it is one token.
+    Within a line, it is encoded as ordinary characters.
+    """
+    documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
+    allowed = set()
+    if text.count(END_OF_TEXT) == len(documents) - 1:  # none within a line: one call is faster
+        documents = [END_OF_TEXT.join(documents)]
+        allowed = {END_OF_TEXT}
+    # As `tokenizer.encode`, but without a Python object for each id
+    encode = tokenizer.encoding.encode_to_numpy
+    ids = []
+    for document in documents:
+        ids.append([tokenizer.eot])
+        ids.append(encode(document, allowed_special=allowed, disallowed_special=()))
+    return np.concatenate(ids[1:], dtype=np.uint32, casting="unsafe")
 
 
 def default_device():

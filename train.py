@@ -663,7 +663,7 @@ def pretrain(config):
             raise ValueError("meta.pkl beside the token files: not GPT-2's ids; use --tokenizer")
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
-        shards = [("text", tokenizer.encode_documents(text))]
+        shards = [("text", load_gpt2.encode_documents(text, tokenizer))]
     context_length = config.context_length
     if context_length is None:
         context_length = model.config.context_length

@@ -23,6 +23,7 @@ from gpt import END_OF_TEXT, Tokenizer
 from load_gpt2 import (
     CommandLine,
     atomic_write,
+    encode_documents,
     named_errors,
     one_line_errors,
     print_line,
@@ -85,7 +86,7 @@ def encode_piece(piece, tokenizer, bin_path):
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if begin == 0:
         text = f"{END_OF_TEXT}\n{text}"
-    ids = tokenizer.encode_documents(text).astype("<u2")
+    ids = encode_documents(text, tokenizer).astype("<u2")
     header = np.zeros(256, dtype="<i4")
     header[:3] = (20240520, 1, len(ids))
     with atomic_write(bin_path) as part, open(part, "wb") as file:

@@ -203,7 +203,8 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
     responses = [""] * len(prompts)
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        # The last new token is not read again, so it needs no place in the context
+        # The last new token is not read again, so it needs no place in the context. A row with less
+        # room than others goes on in a context that is cut; ids[:n] drops that.
         room = [context_length + 1 - len(prompts[i]) for i in rows]
         new_ids = model.generate(
             [prompts[i] for i in rows],
@@ -281,7 +282,7 @@ def lora_layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-# PEFT's files name a tensor from its wrapper on, as base_model.model.transformer.h.0...
+# Names in PEFT's files begin with those of its wrappers: base_model.model.transformer.h.0...
 PEFT_PREFIX = "base_model.model."
 
 # What PEFT's adapter_config.json may hold besides r, lora_alpha and lora_dropout: keys that do not
@@ -414,7 +415,8 @@ def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
     rows.sort(key=key)  # is stable: rows with the same key stay shuffled
     parts = [], [], []
     for i, row in enumerate(rows):
-        place = 7 * i % 20  # each place once in 20 rows; the first few rows reach all parts
+        # 7 and 20 share no factor: 20 rows take each place once, and a few rows reach all parts
+        place = 7 * i % 20
         parts[1 if place < n_val else 2 if place < n_val + n_test else 0].append(row)
     for part in parts:
         rng.shuffle(part)
@@ -426,7 +428,7 @@ def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
 def order_by_length(lengths, batch_size, seed):
     """
     For `shuffled_rows`: a function, epoch -> the rows in random order, but each batch of rows with
-    like lengths. On short messages, this saves a third of the tokens, which would be padding.
+    similar lengths. On short messages, this saves a third of the tokens, which would be padding.
     """
     n_rows = len(lengths)
 
@@ -435,10 +437,10 @@ def order_by_length(lengths, batch_size, seed):
         rng = np.random.default_rng([seed, epoch])
         # Lengths change by up to a fifth, so that the same rows do not meet in every epoch
         by_length = np.argsort(lengths * rng.uniform(1, 1.2, n_rows))
-        # The last batch of the epoch before is completed by the first rows of this one
+        # Batches do not end with an epoch: the first rows complete the last batch of the one before
         first = -epoch * n_rows % batch_size
         starts = range(first, n_rows - batch_size + 1, batch_size)
-        result = by_length.copy()  # and now its batches in random order
+        result = by_length.copy()  # and now the other batches in random order
         for here, there in zip(starts, rng.permutation(starts)):
             result[here : here + batch_size] = by_length[there : there + batch_size]
         return result
@@ -464,7 +466,7 @@ class FinetuneConfig(TrainConfig):
     lora_dropout: float = option(0.05, "dropout before the adapters")
     lora_targets: list | None = option(None, f"layers with adapters (default: {LORA_TARGETS})")
 
-    # Data may move; its content is compared
+    # Data may move, as its content is compared; the others do not change what a step learns
     may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
 
 
@@ -502,7 +504,7 @@ def sorted_loader(rows, batch_size, collate_fn):
 
 
 def finetune(config, model, datasets, collate_fn, content, *, save, report):
-    """Train a model on datasets (training, validation); save(model) gets merged LoRA weights."""
+    """Train on datasets (training, validation). save(model) gets the model with merged adapters."""
     training, validation = datasets
     steps_per_epoch = len(training) / config.batch_size
     steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
@@ -529,12 +531,7 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report):
         f"{total:,} parameters are trained; {config.device}"
     )
     val_loader = sorted_loader(validation, config.micro_batch_size or config.batch_size, collate_fn)
-    stopped_by = train(
-        model, get_batch, val_loader, config, save=save_best, report=report, content=content
-    )
-    if stopped_by:
-        print_on_rank_0("stopped; the same command goes on")
-        sys.exit(128 + stopped_by)
+    train(model, get_batch, val_loader, config, save=save_best, report=report, content=content)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -592,9 +589,10 @@ def classify(config):
 
     def report():
         sample = sorted_loader(datasets[0][: len(datasets[1])], 32, collate_texts)
-        train, val = (accuracy(*predict_all(model, loader)) for loader in (sample, loaders[1]))
-        print(f"    accuracy: training {train:.1%}, validation {val:.1%}", flush=True)
-        return {"train_accuracy": train, "val_accuracy": val}
+        on_training = accuracy(*predict_all(model, sample))  # of as many rows as for validation
+        on_validation = accuracy(*predict_all(model, loaders[1]))
+        print(f"    accuracy: training {on_training:.1%}, validation {on_validation:.1%}")
+        return {"train_accuracy": on_training, "val_accuracy": on_validation}
 
     content = (rows, tokenizer.vocab)
     finetune(config, model, datasets[:2], collate_texts, content, save=save, report=report)
@@ -606,7 +604,8 @@ def classify(config):
             logits, labels = predict_all(best, loader)
             loss = F.cross_entropy(logits, labels)
             print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
-        print(f'\nfinished: python finetune.py predict {config.out} "{parts[2][0][0][:40]}"')
+        text, _ = parts[2][0]
+        print(f'\nfinished: python finetune.py predict {config.out} "{text[:40]}"')
 
 
 @dataclass(frozen=True)
@@ -759,8 +758,10 @@ def ask_for_score(url, model, prompt):
     with named_errors(url):
         if not response.ok:
             raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
+        # Not response.json(): its error is an OSError, which does not name the URL
         answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
-    # Without the thoughts of a reasoning model, the answer must hold one number, as 85 or 85/100
+    # Without the thoughts of a reasoning model, the answer must hold one number, as 85 or 85/100,
+    # and no minus sign before it
     answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
     match = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", answer)
     return float(match[1]) if match and float(match[1]) <= 100 else None

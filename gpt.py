@@ -79,6 +79,7 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
 BYTE_TO_CHAR = dict(zip(BYTES, CHARS))
+# For str.translate; Latin-1 then encodes each character as the byte with its number
 CHAR_TO_BYTE = {ord(char): byte for byte, char in BYTE_TO_CHAR.items()}
 END_OF_TEXT = "<|endoftext|>"
 
@@ -103,7 +104,7 @@ class Tokenizer:
         self.eot = vocab[END_OF_TEXT]
         self.vocab_size = max(vocab.values()) + 1
 
-        # tiktoken applies the merge with the lowest id first, so ids must grow like the merges
+        # tiktoken first applies the merge with the lowest id, so ids must be in the merges' order
         ids = [vocab[token] for token in learned]
         if ids != sorted(set(ids)):
             raise ValueError("the ids of the vocabulary do not follow the order of the merges")
@@ -272,8 +273,8 @@ class TokenDataset(Dataset):
         inputs = window[:-1]
         targets = window[1:].clone()  # a copy, because inputs share the memory
         if start < i * self.stride:  # moved back
-            n_seen = (i - 1) * self.stride + self.context_length - start
-            targets[: max(0, n_seen)] = -100
+            end_before = (i - 1) * self.stride + self.context_length
+            targets[: max(0, end_before - start)] = -100
         return inputs, targets
 
 
@@ -285,7 +286,6 @@ def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=
         shuffle=shuffle,
         generator=torch.Generator().manual_seed(seed),
         collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -335,7 +335,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # only in generation, see KVCache
             k, v = cache.update(self, k, v)
             mask = cache.mask
-        dropout_p = self.dropout.p if self.training else 0.0  # functions do not see model.eval()
+        # Unlike nn.Dropout, the function below knows nothing of model.eval()
+        dropout_p = self.dropout.p if self.training else 0.0
         # weights(x) @ v in one kernel, which never stores the (T, T) weights (Dao et al. 2022)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
@@ -449,17 +450,17 @@ class GPT(nn.Module):
         top_k: sample from the k most likely tokens.
         top_p: nucleus sampling (Holtzman et al. 2019): sample from the smallest set of most likely
             tokens that have a total probability of p. With top_k, among those k.
-        eos_id: this id ends a row and is not returned. generator: a torch.Generator.
+        eos_id: this id ends a text and is not returned. generator: a torch.Generator.
 
         A text that outgrows the context is cut to its last half and read again from position 0;
-        cutting less would mean to read it again more often.
+        cutting off less would mean reading it again more often.
         Raises ValueError for a prompt or a setting out of range.
         """
         sampling = (temperature, top_k, top_p, generator)
         new_ids = [[] for _ in prompts]
-        for step in self._decode(prompts, max_new_tokens, eos_id, sampling):
-            for row, token_id in step.items():
-                new_ids[row].append(token_id)
+        for new in self._decode(prompts, max_new_tokens, eos_id, sampling):
+            for number, token_id in new.items():
+                new_ids[number].append(token_id)
         return new_ids
 
     def stream(
@@ -468,19 +469,22 @@ class GPT(nn.Module):
     ):  # fmt: skip
         """`generate` for one prompt, but yields each new id as soon as it is known."""
         sampling = (temperature, top_k, top_p, generator)
-        for step in self._decode([prompt], max_new_tokens, eos_id, sampling):
-            yield from step.values()
+        for new in self._decode([prompt], max_new_tokens, eos_id, sampling):
+            yield from new.values()
 
     @torch.no_grad()
     def _decode(self, prompts, max_new_tokens, eos_id, sampling):
-        """Yield {row: new id} for each decoding step, without the rows that have ended."""
+        """Yield {number of a prompt: its new id} for each step, without texts that have ended."""
         context_length = self.config.context_length
-        for row, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= context_length:
-                raise ValueError(f"prompt {row}: {len(prompt)} tokens, not 1 to {context_length}")
+                raise ValueError(
+                    f"prompt {number}: {len(prompt)} tokens, not 1 to {context_length}"
+                )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-                raise ValueError(f"prompt {row} has ids outside of the vocabulary")
-        texts = {row: list(prompt) for row, prompt in enumerate(prompts)}  # prompt and new ids
+                raise ValueError(f"prompt {number} has ids outside of the vocabulary")
+        # Prompts and their new ids, in the order of the rows in the batch
+        texts = {number: list(prompt) for number, prompt in enumerate(prompts)}
         cache = None
         with eval_mode(self):
             for n_done in range(max_new_tokens):
@@ -494,19 +498,19 @@ class GPT(nn.Module):
                     logits = self.lm_head(x[:, 0])  # (B, V)
                 next_ids = sample(logits, *sampling).tolist()
 
-                step = {row: i for row, i in zip(texts, next_ids) if i != eos_id}
-                if len(step) < len(texts):  # rows that have ended leave the batch
-                    cache.keep([n for n, row in enumerate(texts) if row in step])
-                    texts = {row: texts[row] for row in step}
-                for row, token_id in step.items():
-                    texts[row].append(token_id)
-                    if len(texts[row]) > context_length:
-                        texts[row] = texts[row][-max(1, context_length // 2) :]
+                new = {number: i for number, i in zip(texts, next_ids) if i != eos_id}
+                if len(new) < len(texts):  # texts that have ended leave the batch
+                    cache.keep([row for row, number in enumerate(texts) if number in new])
+                    texts = {number: texts[number] for number in new}
+                for number, token_id in new.items():
+                    texts[number].append(token_id)
+                    if len(texts[number]) > context_length:
+                        texts[number] = texts[number][-max(1, context_length // 2) :]
                         cache = None  # positions have changed: read all texts again
-                yield step
+                yield new
 
     def _prefill(self, texts, n_new):
-        """Read whole texts. -> a KVCache with room for n_new more tokens, logits (B, V)"""
+        """Read texts. -> a KVCache (see below) with room for n_new more tokens, logits (B, V)"""
         device = self.wte.weight.device
         lengths = torch.tensor([len(text) for text in texts], device=device)
         # Padding goes on the right, where the causal mask hides it from the text
@@ -558,6 +562,7 @@ class KVCache:
             self.layers[layer] = [k.new_zeros(B, H, self.n_columns, D) for _ in range(2)]
         keys, values = self.layers[layer]
         rows = torch.arange(B, device=k.device)[:, None]  # (B, 1), beside positions (B, T)
+        # Such an index, with a slice between two tensors, gives (B, T, H, D)
         keys[rows, :, self.positions] = k.transpose(1, 2)
         values[rows, :, self.positions] = v.transpose(1, 2)
         if self.mask is None:
@@ -566,7 +571,7 @@ class KVCache:
         return keys[:, :, :n_read], values[:, :, :n_read]
 
     def keep(self, rows):
-        """Remove all other rows."""
+        """Remove all other rows of the batch."""
         self.lengths = self.lengths[rows]
         for layer, (keys, values) in self.layers.items():
             self.layers[layer] = keys[rows], values[rows]
@@ -587,7 +592,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
     logits, ids = logits.topk(min(top_k, V))  # (B, k) each, the most likely first
     probs = (logits / temperature).softmax(dim=-1)
-    # Nucleus sampling: keep the most likely tokens until their total probability reaches p
+    # Nucleus sampling: drop a token if the more likely ones already reach p
     probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
     return ids.gather(-1, choice)[:, 0]

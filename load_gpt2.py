@@ -43,9 +43,11 @@ from gpt import (
 # Safetensors: the length of the header (8 bytes, little endian), the header as JSON
 # {name: {dtype, shape, data_offsets}}, then the data of all tensors, one after the other
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INTS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-DTYPES = FLOATS | INTS | {"U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -141,8 +143,8 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 SIZES |= {"n_positions": "context_length"}
 
-# Other programs prefer these files to the ones that are written here
-REPLACED_FILES = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
+# Left by another model, these would be read instead of what `save_folder` writes: it removes them
+STALE_FILES = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
 
 # Settings of transformers' GPT-2 that change what is computed, with the one value supported here
 FIXED_SETTINGS = {
@@ -171,8 +173,6 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
     config = read_config(folder / "config.json")
     weights = {name.removeprefix("transformer."): w for name, w in read_weights(folder).items()}
     with named_errors(folder), torch.device("meta"):  # parameters without memory
-        if config.n_layer > len(weights):  # do not build a damaged config's million layers
-            raise ValueError(f"config.json has {config.n_layer} layers, the weights have fewer")
         model = GPT(config)
     assign_weights(model, weights, folder)
     return model.eval().to(device, dtype), read_tokenizer(folder, config.vocab_size)
@@ -246,33 +246,41 @@ def read_config(path):
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
     folder = Path(folder)
-    has_merges = (folder / "merges.txt").exists() or (folder / "vocab.json").exists()
-    path = folder / ("merges.txt" if has_merges else "tokenizer.json")
-    if not has_merges and not path.exists():
-        if vocab_size != GPTConfig.vocab_size:
-            raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
-        return Tokenizer.gpt2()
-    vocab = read_json(folder / "vocab.json") if has_merges else {}
-    with named_errors(path):
-        if has_merges:
+    path = folder / "merges.txt"
+    if path.exists() or (folder / "vocab.json").exists():  # a folder that lacks one is damaged
+        vocab = read_json(folder / "vocab.json")
+        with named_errors(path):
             merges = read_merges(path.read_text(encoding="utf-8"))
-        else:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
-            kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
-            normal = not pre_tokenizer["add_prefix_space"] and content["normalizer"] is None
-            if kind != ("BPE", "ByteLevel", True) or not normal:
-                raise ValueError("not GPT-2's kind of tokenizer")
-            merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
-            vocab = bpe["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
+    elif (folder / "tokenizer.json").exists():
+        path = folder / "tokenizer.json"
+        merges, vocab = read_tokenizer_json(path)
+    elif vocab_size == GPTConfig.vocab_size:
+        return Tokenizer.gpt2()
+    else:
+        raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
+    with named_errors(path):
         ids = vocab.values()
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(set(ids)) < len(ids):
             raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
+        # If merges are missing, their tokens must not pass as special ones
         special = vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}
         for name in special:
             if name[:1] + name[-1:] not in ("<>", "[]"):  # special tokens look like <pad>, [PAD]
                 raise ValueError(f"no merge makes the token {name}")
         return Tokenizer(merges, vocab)
+
+
+def read_tokenizer_json(path):
+    """The tokenizers library's format -> merges, vocab"""
+    content = read_json(path)
+    with named_errors(path):
+        bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
+        kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
+        normal = not pre_tokenizer["add_prefix_space"] and content["normalizer"] is None
+        if kind != ("BPE", "ByteLevel", True) or not normal:
+            raise ValueError("not GPT-2's kind of tokenizer")
+        merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
+        return merges, bpe["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
 
 
 def save_gpt2(model, tokenizer, folder, *, dtype=torch.float32, chat_template=None):
@@ -286,7 +294,10 @@ def save_gpt2(model, tokenizer, folder, *, dtype=torch.float32, chat_template=No
 
 
 def save_folder(folder, weights, tokenizer, config, chat_template=None):
-    """weights: {name in transformers: tensor in nn.Linear's layout}; config: for config.json"""
+    """
+    Write the files of a Hugging Face folder. All are complete before the first is replaced.
+    weights: {name in transformers: tensor in nn.Linear's layout}. config: for config.json.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
@@ -307,7 +318,7 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
         write_json(part / "config.json", config)
         for path in part.iterdir():
             os.replace(path, folder / path.name)
-        for name in REPLACED_FILES:
+        for name in STALE_FILES:
             (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(part)
@@ -349,6 +360,7 @@ def find_in_cache(name, revision):
     for hub_name in (name, HUB_NAMES.get(name, name)):  # "gpt2" may be cached under either name
         repository = cache / f"models--{hub_name.replace('/', '--')}"
         ref = repository / "refs" / revision
+        # What is not a known branch is a commit, or a branch that is stored under its own name
         commit = ref.read_text(encoding="utf-8") if ref.is_file() else quote(revision, safe="")
         folder = repository / "snapshots" / commit
         if any((folder / file_name).exists() for file_name in WEIGHTS_FILES):
@@ -373,29 +385,31 @@ def fetch_from_hub(name, revision):
     token = os.environ.get("HF_TOKEN", "").strip()
     fetched = []
 
-    def fetch(file_name):
-        """-> whether the repository has this file; every model has a config.json"""
-        path = folder / file_name
-        if not path.exists():
+    def fetch(*file_names):
+        """-> the first that is in the cache, or else the first that the hub has, or None"""
+        for file_name in file_names:
+            if (folder / file_name).exists():
+                return file_name
+        for file_name in file_names:
             try:
-                download(f"{url}/{file_name}", path, token)
+                download(f"{url}/{file_name}", folder / file_name, token)
             except requests.HTTPError as error:
-                if error.response.status_code == 404 and file_name != "config.json":
-                    return False
-                raise
-            fetched.append(path)
-        return True
+                if error.response.status_code != 404:
+                    raise
+            else:
+                fetched.append(folder / file_name)
+                return file_name
+        return None
 
     try:
         # Small files first: other models are refused before gigabytes are downloaded
-        fetch("config.json")
-        if (folder / "tokenizer.json").exists() or not fetch("merges.txt"):
-            fetch("tokenizer.json")
-        else:
+        if not fetch("config.json"):
+            raise ValueError(f"{name} is not a folder, and the hub has no config.json of it")
+        if fetch("merges.txt", "tokenizer.json") == "merges.txt":
             fetch("vocab.json")
         read_tokenizer(folder, read_config(folder / "config.json").vocab_size)
         weights, index = WEIGHTS_FILES
-        if ((folder / index).exists() or not fetch(weights)) and fetch(index):
+        if fetch(weights, index) == index:
             for shard in sorted(set(read_weight_map(folder / index).values())):
                 fetch(shard)
         return folder
@@ -456,7 +470,7 @@ def complete(url, path, token):
 
 
 def wait_before_retry(error, waits):
-    """-> seconds, which may be what the server asks for. Raises errors that would come again."""
+    """Takes the next of the waits. -> seconds. Raises the error if it would come again."""
     wait = waits.pop(0) if waits else math.inf
     if error.response is not None:
         status = error.response.status_code
@@ -464,7 +478,7 @@ def wait_before_retry(error, waits):
         wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)
         if status < 500 and status not in (416, 429):  # 416: a part too long, 429: busy
             raise error
-    if wait > LONGEST_WAIT or isinstance(error, ValueError):  # an invalid URL
+    if wait > LONGEST_WAIT or isinstance(error, ValueError):  # ValueError: an invalid URL
         raise error
     print_line(f"{error}; trying again in {wait} s", sys.stderr)
     return wait
@@ -486,6 +500,7 @@ def fetch_rest(url, path, part, token):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # the part is as long as the file, or longer
             part.unlink()
+        # The hub's own words, for the error of raise_for_status
         response.reason = response.headers.get("X-Error-Message") or response.reason
         response.raise_for_status()
         is_rest = response.status_code == 206
@@ -547,7 +562,7 @@ def encode_documents(text, tokenizer):
     for document in documents:
         ids.append([tokenizer.eot])
         ids.append(encode(document, allowed_special=allowed, disallowed_special=()))
-    return np.concatenate(ids[1:], dtype=np.uint32, casting="unsafe")
+    return np.concatenate(ids[1:]).astype(np.uint32)
 
 
 def default_device():
@@ -592,6 +607,8 @@ def print_line(line, file=None):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option, unless it is None."""
+
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
@@ -610,11 +627,11 @@ class CommandLine(argparse.ArgumentParser):
 def one_line_errors():
     """End the program with one line for errors that the user can correct."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # not a text file, in tests and notebooks
+        with contextlib.suppress(AttributeError):  # notebooks and tests replace these files
             stream.reconfigure(errors="replace")  # for terminals that lack a character
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, OverflowError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
         sys.exit("error: " + " ".join(str(error).split()))
@@ -680,13 +697,14 @@ def main():
     # Adapters are merged in float32
     model, tokenizer = load_gpt2(args.model, dtype=torch.float32 if args.adapter else dtype)
     if args.adapter:
-        from finetune import merge_adapter  # the only import from a file further up
+        from finetune import merge_adapter  # here, because finetune.py imports this file
 
         model = merge_adapter(model, args.model, args.adapter)
     model.to(args.device, dtype)
     if args.evaluate:
         with named_errors(args.evaluate):
-            ids = tokenizer.encode(Path(args.evaluate).read_text(encoding="utf-8"))
+            text = Path(args.evaluate).read_text(encoding="utf-8-sig")
+            ids = encode_documents(text, tokenizer)
             if len(ids) < 2:
                 raise ValueError("a text of at least two tokens is needed")
         loss = evaluate_text(model, ids)

@@ -89,7 +89,7 @@ class TrainConfig:
     overwrite: bool = option(False, "replace the run in the output folder")
     device: str = option(load_gpt2.default_device(), "cpu, cuda, mps", type=load_gpt2.usable_device)
 
-    # What may change when a run goes on
+    # Not a field: the settings that may change when a run goes on
     may_change = {"steps", "micro_batch_size", "out", "overwrite", "device"}
 
     def __post_init__(self):
@@ -106,7 +106,7 @@ class TrainConfig:
 
 # --------------------------------------------------------------------------------------------------
 # The training loop. A batch is the tuple of the model's arguments, targets last; the model returns
-# the mean loss over the targets that are not -100. Nothing here knows about language.
+# the mean loss over the targets that are not -100.
 
 
 def train(model, get_batch, val_loader, config, *, save, report=None, content=None):
@@ -122,9 +122,8 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
         compute the mean loss over val_loader; if it is the best so far, call save();
         call report(), which may return more columns for losses.csv;
         write losses.csv and resume.pt.
-    Ctrl-C and SIGTERM save and stop the run after the current step; then the signal is returned,
-    else None. Raises FloatingPointError for a loss that is not finite, ValueError if the folder
-    holds another run.
+    Ctrl-C and SIGTERM finish the current step, save and exit. Raises FloatingPointError for a loss
+    that is not finite, ValueError if the folder holds another run.
     """
     out = Path(config.out)
     rank, world_size = process_rank()
@@ -134,6 +133,7 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model.to(device), config)
+    # validated_at: the step of the last validation; history: the rows of losses.csv
     state = {"step": 0, "validated_at": None, "best_loss": math.inf, "history": [{"step": 0}]}
     settings, checkpoint = read_checkpoint(config, content)
     if checkpoint:
@@ -146,7 +146,6 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
                 optimizer.load_state_dict(optimizer_state)
         what = "finished at" if state["step"] >= config.steps else "going on from"
         print_on_rank_0(f"{out}: {what} step {state['step']}")
-    # validated_at: the step of the last validation; history: the rows of losses.csv
     step, validated_at, best_loss, history = state.values()
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
@@ -160,7 +159,7 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
             write_state(out, state)
 
     if step == 0:
-        save_state()  # before the best weights: from now on the folder belongs to this run
+        save_state()  # before any weights: a folder with weights alone is taken for another model's
     status = f"step {step:5d}/{config.steps}"
     n_signals = 0
     with catch_signals() as signals:
@@ -184,7 +183,9 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
             if step >= config.steps:
                 break
             if n_signals:
-                return signals[0] if signals else signal.SIGTERM  # another process has it
+                how = "without --overwrite " if config.overwrite else ""
+                print_on_rank_0(f"stopped; the same command {how}goes on")
+                sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
@@ -210,7 +211,6 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
                 show_progress(status)
     if rank == 0:
         plot_history(history, out / "losses.png")
-    return None
 
 
 def update(model, optimizers, learning_rate, batch, config, autocast):
@@ -230,11 +230,11 @@ def update(model, optimizers, learning_rate, batch, config, autocast):
     loss = 0.0
     for i, micro_batch in enumerate(micro_batches):
         weight = int((micro_batch[-1] != -100).sum()) / n_targets
-        is_last = i == len(micro_batches) - 1
         # Processes exchange gradients once, in the last backward pass
-        with contextlib.nullcontext() if is_last or world_size == 1 else model.no_sync():
+        exchange = world_size == 1 or i == len(micro_batches) - 1
+        with contextlib.nullcontext() if exchange else model.no_sync():
             with autocast:
-                micro_loss = model(*(x.to(device, non_blocking=True) for x in micro_batch)) * weight
+                micro_loss = model(*(x.to(device) for x in micro_batch)) * weight
             # DistributedDataParallel averages gradients over the processes; here they add up
             (micro_loss * world_size).backward()
         loss += micro_loss.detach()
@@ -420,7 +420,8 @@ def run_folder(out):
             finally:
                 with contextlib.suppress(OSError):  # it is not empty
                     out.rmdir()
-                Path(lock.lock_file).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # Windows does not remove an open file
+                    os.unlink(lock.lock_file)
     except filelock.Timeout:
         raise ValueError(f"{out}: another run writes to this folder") from None
 
@@ -441,7 +442,7 @@ def read_checkpoint(config, content):
     if not path.exists():
         raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
     with named_errors(path):
-        if zipfile.ZipFile(path).testzip():
+        if zipfile.ZipFile(path).testzip():  # torch.load does not check them
             raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before = checkpoint["settings"]
@@ -538,7 +539,9 @@ def read_tokens(path, vocab_size):
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
-    has_header = len(header) == 256 and header[0] // 10_000 == 2024  # the magic number is a date
+    has_header = (
+        len(header) == 256 and header[0] // 10_000 == 2024
+    )  # llm.c's magic numbers are dates
     if has_header and header[:2].tolist() != [20240520, 1]:
         raise ValueError(
             f"{path}: magic number and version {header[:2]} are not those of GPT-2 ids"
@@ -564,6 +567,7 @@ def split_tokens(shards, context_length):
     are shorter than a window are left out.
     """
     shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
+    # The longest last
     training = sorted((tokens for name, tokens in shards if "val" not in name), key=len)
     validation = [tokens for name, tokens in shards if "val" in name]
     if not training:
@@ -608,7 +612,7 @@ class PretrainConfig(TrainConfig):
     dropout: float | None = option(None, "default: that of --model; 0 with --init")
     prompt: str = option("One day", "beginning of the samples")
     eval_windows: int = option(64, "windows in a validation")
-    compile: bool = option(torch.cuda.is_available(), "torch.compile the model")
+    compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
 
     # Data may move; its content is compared
     may_change = TrainConfig.may_change | {"text", "bin", "compile"}
@@ -638,7 +642,7 @@ def create_model(config, text):
     sizes = MODELS[config.model]
     vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
     if config.tokenizer:
-        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)
+        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)  # 16-bit ids
     elif config.bin or vocab_size == GPTConfig.vocab_size:
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
@@ -653,7 +657,6 @@ def create_model(config, text):
 
 
 def pretrain(config):
-    """-> the signal that stopped the run, or None"""
     paths = find_files(config.bin or config.text or [STORIES], config.out.parent)
     text = "" if config.bin else read_texts(paths)
     model, tokenizer = create_model(config, text)
@@ -667,7 +670,7 @@ def pretrain(config):
     context_length = config.context_length
     if context_length is None:
         context_length = model.config.context_length
-    prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]
+    prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]  # the beginning of a document
     if max(context_length, len(prompt)) > model.config.context_length:
         raise ValueError(
             f"the context of the model is {model.config.context_length} tokens: too few for "
@@ -682,7 +685,7 @@ def pretrain(config):
     )
 
     # A fingerprint of the data, to refuse to go on with other data
-    content = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
+    fingerprint = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
     if config.optimizer is None:
         config = replace(config, optimizer="muon" if is_small(model.config) else "adamw")
     if config.learning_rate is None:
@@ -707,19 +710,20 @@ def pretrain(config):
         text = config.prompt + tokenizer.decode(new_ids)
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
-    is_cuda = config.device.startswith("cuda")
     get_batch(0)  # if it fails, then before anything is written
-    if config.compile and is_cuda and importlib.util.find_spec("triton") is None:
+    is_cuda = config.device.startswith("cuda")
+    has_compiler = not is_cuda or importlib.util.find_spec("triton") is not None
+    if config.compile and not has_compiler:
         print("torch.compile needs Triton, which is not installed: going on without it")
-    elif config.compile:
+    if has_compiler and (is_cuda if config.compile is None else config.compile):
         model.compile()  # in place, so that parameters keep their names
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print_on_rank_0(
         f"{n_parameters / 1e6:.1f}M parameters; {len(train_data):,} windows of {context_length} "
         f"tokens, {len(val_data)} for validation; {config.device}"
     )
-    return train(
-        model, get_batch, val_loader, config, content=(content, tokenizer.vocab),
+    train(
+        model, get_batch, val_loader, config, content=(fingerprint, tokenizer.vocab),
         save=lambda: load_gpt2.save_gpt2(model, tokenizer, config.out), report=show_sample,
     )  # fmt: skip
 
@@ -734,13 +738,10 @@ def main():
         config = replace(config, out=Path("out") / (re.sub(r"\W+", "-", name).strip("-") or "run"))
     start_processes(config.device)
     with run_folder(config.out):
-        stopped_by = pretrain(config)
-    finished = f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"'
-    print_on_rank_0("stopped; the same command goes on" if stopped_by else finished)
+        pretrain(config)
+    print_on_rank_0(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stopped_by:
-        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

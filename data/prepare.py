@@ -9,7 +9,6 @@ again, makes the files that are missing. A line <|endoftext|> separates document
 """
 
 import os
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,31 +35,22 @@ from load_gpt2 import (
 PIECE_BYTES = 2**23  # 8 MB of text make about 2M tokens
 
 
-# A place between a character that is no white space (Unicode has 25 of them) and a space or line
-# break. GPT-2 never merges across it, so cutting there leaves the tokens as they are. But not after
-# ">", which may end a line <|endoftext|>.
-CUT = re.compile(
-    rb"(?<![\s>])(?<!\xc2\x85)(?<!\xc2\xa0)(?<!\xe1\x9a\x80)(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
-    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?=[ \n])"
-)
-
-
 def find_cut(file, place):
-    """The first place at or after `place` where a text can be cut, in bytes"""
-    position = max(0, place - 3)  # CUT looks back at 3 bytes
-    file.seek(position)
-    data = file.read(2**16)
-    begin = place - position
-    while True:
-        match = CUT.search(data, begin)
-        if match:
-            return position + match.start()
-        block = file.read(2**16)
-        if not block:
-            return position + len(data)
-        position += len(data) - 3
-        data = data[-3:] + block
-        begin = 3
+    """
+    The first place after `place` where a text can be cut, in bytes: a line break that has no white
+    space around it. GPT-2 never merges across it, so cutting there leaves the tokens as they are.
+    """
+    file.seek(place)
+    file.readline()  # it may begin within a character
+    line = file.readline().decode(errors="replace")
+    while line:
+        end = file.tell()
+        next_line = file.readline().decode(errors="replace")
+        before = line.removesuffix("\n").removesuffix("\r")[-1:]
+        if before and not before.isspace() and not next_line[:1].isspace():
+            return end
+        line = next_line
+    return file.tell()
 
 
 def plan_pieces(paths):

@@ -202,11 +202,15 @@ def toy_run(out, *, get_batch=toy_batch, dropout=0.0, val_loader=None, **setting
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**vars(TOY) | {"dropout": dropout}))
-    return train(
-        model, toy_batch if get_batch is None else get_batch,
-        val_loader or create_dataloader(toy_rows(), 3), config, content="the toy",
-        save=lambda: write_safetensors(out / "model.safetensors", model.state_dict()),
-    )  # fmt: skip
+    try:
+        train(
+            model, toy_batch if get_batch is None else get_batch,
+            val_loader or create_dataloader(toy_rows(), 3), config, content="the toy",
+            save=lambda: write_safetensors(out / "model.safetensors", model.state_dict()),
+        )  # fmt: skip
+    except SystemExit as end:
+        return end.code - 128
+    return None
 
 
 def mean_loss(model, ids, targets):

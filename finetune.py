@@ -160,7 +160,8 @@ def format_prompt(entry):
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}"
     + format_prompt({"instruction": "{{ message.content }}"})
-    + "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+    + "{% elif message.role == 'assistant' %}{{ message.content + eos_token }}"
+    + "{% endif %}{% endfor %}"
 )
 
 

@@ -98,7 +98,7 @@ def test_saved_folder_opens_in_transformers(tmp_path, dtype):
     save_gpt2(GPT(config).eval(), tokenizer, tmp_path, dtype=dtype)
     model = load_gpt2(tmp_path)[0]
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
+        tmp_path, dtype="auto", output_loading_info=True
     )
     assert theirs.dtype == dtype
     assert not any(info.values())

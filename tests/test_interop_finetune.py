@@ -261,6 +261,8 @@ def test_folder_of_an_assistant_serves_transformers_chat_and_padded_batches(tmp_
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     entry = {"instruction": "Say  <b>hello</b>.\nTwice."}
     messages = [{"role": "user", "content": entry["instruction"]}]
+    # The form has no place for a system message
+    messages.insert(0, {"role": "system", "content": "Be brief."})
     prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == format_prompt(entry)
     answered = [*messages, {"role": "assistant", "content": "Hello, hello."}]

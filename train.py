@@ -40,16 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, default_collate
 
 import load_gpt2
-from gpt import (
-    END_OF_TEXT,
-    GPT,
-    GPT2_CONFIGS,
-    GPTConfig,
-    TokenDataset,
-    Tokenizer,
-    create_dataloader,
-    eval_mode,
-)
+from gpt import GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer, create_dataloader, eval_mode
 from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_progress
 
 # --------------------------------------------------------------------------------------------------
@@ -469,7 +460,7 @@ def write_state(out, state):
     with atomic_write(out / "resume.pt") as part:
         try:
             torch.save(state, part)
-        except RuntimeError as error:  # of a full disk
+        except RuntimeError as error:
             raise OSError(f"{part}: is the disk full? {error}") from None
 
 
@@ -528,7 +519,7 @@ def read_texts(paths):
             text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
             if not text.strip():
                 raise ValueError("no text")
-        result += f"{END_OF_TEXT}\n{text}\n"
+        result += f"<|endoftext|>\n{text}\n"
     return result
 
 
@@ -539,13 +530,10 @@ def read_tokens(path, vocab_size):
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
-    has_header = (
-        len(header) == 256 and header[0] // 10_000 == 2024
-    )  # llm.c's magic numbers are dates
+    # llm.c's magic numbers are dates
+    has_header = len(header) == 256 and header[0] // 10_000 == 2024
     if has_header and header[:2].tolist() != [20240520, 1]:
-        raise ValueError(
-            f"{path}: magic number and version {header[:2]} are not those of GPT-2 ids"
-        )
+        raise ValueError(f"{path}: {header[:2]} is not llm.c's magic number and version for GPT-2")
     offset = 1024 if has_header else 0
     if size % 2 or size <= offset:
         raise ValueError(f"{path}: not a file of 16-bit ids ({size:,} bytes)")
@@ -646,8 +634,7 @@ def create_model(config, text):
     elif config.bin or vocab_size == GPTConfig.vocab_size:
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
-        text = text.replace(f"{END_OF_TEXT}\n", "")
-        tokenizer = Tokenizer.train(text[:1_000_000], vocab_size)
+        tokenizer = Tokenizer.train(text.replace("<|endoftext|>\n", "")[:1_000_000], vocab_size)
     sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
     if config.context_length is not None:
         sizes = replace(sizes, context_length=config.context_length)

@@ -332,7 +332,8 @@ def save_lora(model, folder, base, classes=None):
     load_gpt2.write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
     if classes:
-        write_json(folder / "classes.json", {"classes": classes})
+        context_length = model.transformer.config.context_length
+        write_json(folder / "classes.json", {"classes": classes, "context_length": context_length})
 
 
 def load_lora(model, folder):
@@ -490,8 +491,11 @@ def load_base(config):
     if not 0 < config.context_length <= context_length:
         raise ValueError(f"--context-length must be 1 to {context_length}, as {config.init} has it")
     torch.manual_seed(config.seed)
-    model = GPT(replace(base.config, dropout=config.dropout))
-    model.load_state_dict(base.state_dict())
+    sizes = {"dropout": config.dropout, "context_length": config.context_length}
+    model = GPT(replace(base.config, **sizes))
+    weights = base.state_dict()
+    weights["wpe.weight"] = weights["wpe.weight"][: config.context_length]
+    model.load_state_dict(weights)
     if config.lora_rank:
         alpha, dropout = config.lora_alpha, config.lora_dropout
         add_lora(model, config.lora_rank, alpha, dropout, config.lora_targets or LORA_TARGETS)
@@ -557,7 +561,7 @@ def classify(config):
     """Learn to classify texts."""
     columns = (config.text_column, config.label_column)
     rows = read_rows(config.data, config.out.parent, columns)
-    rows = [tuple(row.values()) for row in rows]  # (text, label)
+    rows = [(row[config.text_column], row[config.label_column]) for row in rows]
     counts = Counter(label for _, label in rows)
     classes = sorted(counts)
     parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
@@ -663,28 +667,34 @@ def instruct(config):
 
 def merge_adapter(model, folder, adapter):
     """Load adapters for the model of a folder, and merge them."""
+    refuse_own_adapter(folder, adapter)
+    return merge_lora(load_lora(model, adapter))
+
+
+def refuse_own_adapter(folder, adapter):
     if Path(adapter).resolve().parent == Path(folder).resolve():
         raise ValueError(f"the weights in {folder} already contain {adapter}")
-    return merge_lora(load_lora(model, adapter))
 
 
 def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
+        refuse_own_adapter(folder, adapter)
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
         path = Path(adapter) / "classes.json"
         with named_errors(path):
-            classes = [str(name) for name in read_json(path)["classes"]]
+            content = read_json(path)
+            classes = [str(name) for name in content["classes"]]
+            context_length = min(content["context_length"], gpt.config.context_length)
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)
+        context_length = model.transformer.config.context_length
     texts = texts or sys.stdin.read().rstrip("\n").split("\n")
     if not all(text.strip() for text in texts):
         raise ValueError("a text is empty")
     rows = [(text, classes[0]) for text in texts]  # the class is not used
-    dataset = ClassificationDataset(
-        rows, tokenizer, classes, model.transformer.config.context_length
-    )
+    dataset = ClassificationDataset(rows, tokenizer, classes, context_length)
     if dataset.n_truncated:
         print(f"{dataset.n_truncated} texts are truncated", file=sys.stderr)
     loader = create_dataloader(dataset, 32, collate_fn=collate_texts)

@@ -412,6 +412,7 @@ def fetch_from_hub(name, revision):
         if fetch(weights, index) == index:
             for shard in sorted(set(read_weight_map(folder / index).values())):
                 fetch(shard)
+        read_weights(folder)
         return folder
     except requests.RequestException as error:
         raise ValueError(
@@ -419,8 +420,8 @@ def fetch_from_hub(name, revision):
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
     except ValueError:
-        for path in fetched:  # a login page in place of a file, or half of it
-            if path.suffix != ".safetensors":
+        for path in fetched:
+            if path.stat().st_size < 2**20:  # a login page in place of a file, or half of it
                 path.unlink()
         raise
 
@@ -499,7 +500,7 @@ def fetch_rest(url, path, part, token):
         headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # the part is as long as the file, or longer
-            part.unlink()
+            part.unlink(missing_ok=True)
         # The hub's own words, for the error of raise_for_status
         response.reason = response.headers.get("X-Error-Message") or response.reason
         response.raise_for_status()
@@ -512,7 +513,7 @@ def fetch_rest(url, path, part, token):
             length = response.headers.get("Content-Length", "")
             size = start + int(length) if length.isdecimal() else None
             start_time = time.monotonic()
-            for block in response.iter_content(2**18):
+            for block in response.iter_content(2**16):
                 file.write(block)
                 speed = (file.tell() - start) / (time.monotonic() - start_time + 1e-9)  # bytes/s
                 left = timedelta(seconds=round((size - file.tell()) / speed)) if size else "?"
@@ -631,7 +632,7 @@ def one_line_errors():
             stream.reconfigure(errors="replace")  # for terminals that lack a character
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, OverflowError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             error = f"{error.filename}: {error.strerror}"
         sys.exit("error: " + " ".join(str(error).split()))

@@ -9,6 +9,7 @@ again, makes the files that are missing. A line <|endoftext|> separates document
 """
 
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,22 +36,20 @@ from load_gpt2 import (
 PIECE_BYTES = 2**23  # 8 MB of text make about 2M tokens
 
 
+# A place between a byte that ends no white space of Unicode and a space or line break. GPT-2 never
+# merges across it, so cutting there leaves the tokens as they are. But not after ">", which may end
+# a line <|endoftext|>.
+CUT = re.compile(rb"(?<=[!-=?-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf])(?=[ \n])")
+
+
 def find_cut(file, place):
-    """
-    The first place after `place` where a text can be cut, in bytes: a line break that has no white
-    space around it. GPT-2 never merges across it, so cutting there leaves the tokens as they are.
-    """
+    """A place soon after `place` where a text can be cut, or else its end, in bytes"""
     file.seek(place)
-    file.readline()  # it may begin within a character
-    line = file.readline().decode(errors="replace")
-    while line:
-        end = file.tell()
-        next_line = file.readline().decode(errors="replace")
-        before = line.removesuffix("\n").removesuffix("\r")[-1:]
-        if before and not before.isspace() and not next_line[:1].isspace():
-            return end
-        line = next_line
-    return file.tell()
+    while block := file.read(2**16):
+        match = CUT.search(block)
+        if match:
+            return file.tell() - len(block) + match.start()
+    return file.seek(0, os.SEEK_END)
 
 
 def plan_pieces(paths):
@@ -60,10 +59,12 @@ def plan_pieces(paths):
         size = path.stat().st_size
         if size == 0:
             raise ValueError(f"{path}: no text")
+        begin = 0
         with open(path, "rb") as file:
-            cuts = [find_cut(file, place) for place in range(PIECE_BYTES, size, PIECE_BYTES)]
-        edges = sorted({0, *cuts, size})
-        pieces += [(str(path), begin, end) for begin, end in zip(edges, edges[1:])]
+            while begin < size:
+                end = find_cut(file, begin + PIECE_BYTES)
+                pieces.append((str(path), begin, end))
+                begin = end
     return pieces
 
 
@@ -99,6 +100,8 @@ def main():
     plan_path = args.out / "plan.json"
     if plan_path.exists() and read_json(plan_path) != plan:
         raise ValueError(f"{args.out} was made from other texts; remove it, or name another --out")
+    if not plan_path.exists() and any(args.out.glob("*.bin")):
+        raise ValueError(f"{args.out} holds other token files; name another --out")
     write_json(plan_path, plan)
 
     jobs = [(piece, args.out / f"train_{i:06d}.bin") for i, piece in enumerate(pieces)]

@@ -665,6 +665,16 @@ def test_a_damaged_index_is_fetched_again(hub, tmp_path):
     assert same_as_tiny(load("a/sharded"))
 
 
+def test_a_page_in_place_of_the_weights_is_fetched_again(hub):
+    """From a mirror that gives no SHA-256"""
+    hub.publish("a/b", TINY)
+    path = "/a/b/resolve/main/model.safetensors"
+    hub.faults[path] = [lambda handler: handler.send_file(LOGIN_PAGE)]
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load("a/b")
+    assert same_as_tiny(load("a/b"))
+
+
 def test_files_that_other_tools_downloaded_are_not_removed(hub, tmp_path):
     """Not even if they do not fit: here a model of another kind, without its weights"""
     snapshot = tmp_path / "hf" / "hub" / "models--a--llama" / "snapshots" / "main"

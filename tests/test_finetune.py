@@ -325,7 +325,8 @@ def test_adapter_of_a_classifier_has_its_head(tmp_path):
     model = saved_adapter(small_classifier, tmp_path, classes=["a", "b", "c"])
     again = load_lora(small_classifier(), tmp_path).eval()
     assert torch.equal(again(ids, lengths), model(ids, lengths))
-    assert json.loads((tmp_path / "classes.json").read_text()) == {"classes": ["a", "b", "c"]}
+    content = {"classes": ["a", "b", "c"], "context_length": 64}
+    assert json.loads((tmp_path / "classes.json").read_text()) == content
     with pytest.raises(ValueError, match="adapter_model.safetensors"):
         load_lora(small_gpt(), tmp_path)
 
@@ -607,7 +608,7 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     # Only what was to be trained has changed
     before = load_gpt2(TINY)[0].state_dict()
     after = load_classifier(out)[0].transformer.state_dict()
-    before["wpe.weight"][30:] = after["wpe.weight"][30:]  # no text is that long
+    before["wpe.weight"] = before["wpe.weight"][:30]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if "last" in how:
         assert changed
@@ -623,9 +624,17 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert [line[0] for line in lines] == ["ham", "spam"]
     assert [line[2] for line in lines] == ["see you at 7", "win now now now"]
     assert all(0.5 < float(line[1]) <= 1 for line in lines)
+    long = "see you " * 30 + "win now now now"  # predict reads as much of a text as training did
+    code, _, error = run(monkeypatch, capsys, "predict", out, long)
+    assert (code, error) == (0, "1 texts are truncated\n")
     if "--lora-rank" in how:  # the adapter does on the base what the merged model does
         args = [TINY, "see you at 7", "win now now now", "--adapter", out / "adapter"]
         assert run(monkeypatch, capsys, "predict", *args)[1] == output
+        args = [TINY, long, "--adapter", out / "adapter"]
+        assert run(monkeypatch, capsys, "predict", *args)[2] == "1 texts are truncated\n"
+        args = [out, "see you at 7", "--adapter", out / "adapter"]
+        code, _, error = run(monkeypatch, capsys, "predict", *args)
+        assert is_error(code, error) and "already contain" in error
 
 
 def test_predict_reads_lines(monkeypatch, capsys, tmp_path):

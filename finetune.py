@@ -457,12 +457,14 @@ def order_by_length(lengths, batch_size, seed):
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     steps: int | None = option(None, "instead of --epochs")
-    learning_rate: float | None = option(None, "peak (default: LoRA, small models 1e-3, else 5e-5)")
+    learning_rate: float | None = option(
+        None, "peak (default: small models 2e-3, LoRA 1e-3, else 5e-5)"
+    )
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
-    epochs: float = option(10.0, "how often each row is seen")
+    epochs: float = option(5.0, "how often each row is seen")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
     context_length: int | None = option(None, "cut rows to this length (default: the model's)")
-    dropout: float | None = option(None, "default: 0.3 for small models, else 0.1")
+    dropout: float | None = option(None, "default: 0.15 for small models, else 0.1")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
     lora_dropout: float = option(0.05, "dropout before the adapters")
@@ -479,12 +481,12 @@ def load_base(config):
             f"{config.init} does not exist: make it with `python train.py`, or use --init"
         )
     base, tokenizer = load_gpt2.load_gpt2(config.init)
-    # A small model knows little: all of it has to learn, with much dropout against overfitting
+    # A small model knows little: all of it has to learn
     if config.dropout is None:
-        config = replace(config, dropout=0.3 if is_small(base.config) else 0.1)
+        config = replace(config, dropout=0.15 if is_small(base.config) else 0.1)
     if config.learning_rate is None:
-        is_high = is_small(base.config) or config.lora_rank
-        config = replace(config, learning_rate=1e-3 if is_high else 5e-5)
+        rate = 2e-3 if is_small(base.config) else 1e-3 if config.lora_rank else 5e-5
+        config = replace(config, learning_rate=rate)
     context_length = base.config.context_length
     if config.context_length is None:
         config = replace(config, context_length=context_length)
@@ -617,7 +619,7 @@ def classify(config):
 class InstructConfig(FinetuneConfig):
     data: str = option(str(DATA / "instructions.json"), "file or URL with instructions")
     out: Path = option(Path("out/assistant"), "output folder")
-    epochs: float = option(3.0, "how often each row is seen")
+    epochs: float = option(6.0, "how often each row is seen")
     batch_size: int = option(8, "sequences per update, over all processes")
     max_new_tokens: int = option(256, "longest response")
 

@@ -575,8 +575,8 @@ def split_tokens(shards, context_length):
 
 # Sizes that two CPU cores train in minutes. Their vocabulary is learned from the text.
 SMALL_CONFIGS = {
-    "nano": GPTConfig(2048, context_length=256, n_layer=4, n_head=4, n_embd=256, dropout=0.05),
-    "mini": GPTConfig(2048, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.05),
+    "nano": GPTConfig(2048, context_length=256, n_layer=4, n_head=4, n_embd=256, dropout=0.15),
+    "mini": GPTConfig(2048, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
 }
 MODELS = SMALL_CONFIGS | GPT2_CONFIGS
 STORIES = Path(__file__).with_name("data") / "stories.txt"
@@ -587,8 +587,7 @@ class PretrainConfig(TrainConfig):
     steps: int = option(500, "updates of the weights")
     batch_size: int = option(8, "sequences per update, over all processes")
     optimizer: str | None = option(None, "default: muon for small models, else adamw")
-    learning_rate: float | None = option(None, "peak (default: 1e-2 for small models, else 6e-4)")
-    weight_decay: float | None = option(None, "of matrices (default: 3 for small models, else 0.1)")
+    learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
     eval_every: int = option(100, "steps between validations, samples and saves")
     out: Path | None = option(None, "output folder (default: out/NAME of the text)")
     text: list | None = option(None, "files, URLs (default: data/stories.txt)")
@@ -674,11 +673,10 @@ def pretrain(config):
 
     # A fingerprint of the data, to refuse to go on with other data
     fingerprint = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
-    defaults = {"optimizer": "adamw", "learning_rate": 6e-4, "weight_decay": 0.1}
-    if is_small(model.config) and config.optimizer != "adamw":
-        # Much weight decay, because a small text is read many times (Kim et al. 2025)
-        defaults = {"optimizer": "muon", "learning_rate": 1e-2, "weight_decay": 3.0}
-    config = replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    if config.optimizer is None:
+        config = replace(config, optimizer="muon" if is_small(model.config) else "adamw")
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=6e-3 if is_small(model.config) else 6e-4)
     if config.micro_batch_size is None and config.device == "cpu":
         # On a CPU, more tokens at once take more memory, but no less time
         config = replace(config, micro_batch_size=max(1, 2048 // context_length))

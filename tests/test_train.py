@@ -593,7 +593,7 @@ def test_a_run_goes_on_with_more_steps_and_other_means(monkeypatch, capsys, quic
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--learning-rate", 0.002], "--learning-rate was 0.01 and is 0.002"),
+        (["--learning-rate", 0.002], "--learning-rate was 0.006 and is 0.002"),
         (["--optimizer", "adamw"], "--optimizer was muon and is adamw"),
         (["--dropout", 0.3], "--dropout was None and is 0.3"),
         (["--prompt", "The"], "--prompt was One day"),

@@ -461,7 +461,7 @@ class FinetuneConfig(TrainConfig):
         None, "peak (default: small models 2e-3, LoRA 1e-3, else 5e-5)"
     )
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
-    epochs: float = option(5.0, "how often each row is seen")
+    epochs: float = option(4.0, "how often each row is seen")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
     context_length: int | None = option(None, "cut rows to this length (default: the model's)")
     dropout: float | None = option(None, "default: 0.15 for small models, else 0.1")

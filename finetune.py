@@ -349,9 +349,9 @@ def load_lora(model, folder):
             if config[name] not in PEFT_ALLOWED.get(name, (None, False, {}, [])):
                 raise ValueError(f"{name}={config[name]} is not supported, only plain LoRA")
     path = Path(folder) / "adapter_model.safetensors"
+    tensors = load_gpt2.read_safetensors(path)
     with named_errors(path):
         prefix = PEFT_PREFIX if isinstance(model, GPTClassifier) else f"{PEFT_PREFIX}transformer."
-        tensors = load_gpt2.read_safetensors(path)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         suffix = ".lora_A.weight"
         add_lora(model, *settings, [n.removesuffix(suffix) for n in tensors if n.endswith(suffix)])
@@ -470,7 +470,7 @@ class FinetuneConfig(TrainConfig):
     lora_dropout: float = option(0.05, "dropout before the adapters")
     lora_targets: list | None = option(None, f"layers with adapters (default: {LORA_TARGETS})")
 
-    # Data may move, as its content is compared; the others do not change what a step learns
+    # Data may move, as its content is compared; epochs only set the number of steps
     may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
 
 
@@ -481,7 +481,7 @@ def load_base(config):
             f"{config.init} does not exist: make it with `python train.py`, or use --init"
         )
     base, tokenizer = load_gpt2.load_gpt2(config.init)
-    # A small model knows little: all of it has to learn
+    # A small model has more to learn: a higher learning rate, and more dropout
     if config.dropout is None:
         config = replace(config, dropout=0.15 if is_small(base.config) else 0.1)
     if config.learning_rate is None:
@@ -491,7 +491,7 @@ def load_base(config):
     if config.context_length is None:
         config = replace(config, context_length=context_length)
     if not 0 < config.context_length <= context_length:
-        raise ValueError(f"--context-length must be 1 to {context_length}, as {config.init} has it")
+        raise ValueError(f"--context-length must be 1 to {context_length}, that of {config.init}")
     torch.manual_seed(config.seed)
     sizes = {"dropout": config.dropout, "context_length": config.context_length}
     model = GPT(replace(base.config, **sizes))
@@ -684,8 +684,8 @@ def predict(folder, texts, adapter, device):
         refuse_own_adapter(folder, adapter)
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
         path = Path(adapter) / "classes.json"
+        content = read_json(path)
         with named_errors(path):
-            content = read_json(path)
             classes = [str(name) for name in content["classes"]]
             context_length = min(content["context_length"], gpt.config.context_length)
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)

@@ -135,8 +135,8 @@ class Tokenizer:
 
     def apply_merges(self, word):
         """
-        BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"]. Apply the merge that was
-        learned first, until no learned merge is left. `encode` does the same, faster.
+        BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"], if "Ġt he" was not learned.
+        Apply the merge that was learned first, until none is left. `encode` does the same, faster.
         """
         ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(self.merges)}
         tokens = spell(word)
@@ -449,7 +449,7 @@ class GPT(nn.Module):
         temperature: 1 samples from the model's distribution, 0 is greedy (the most likely token).
         top_k: sample from the k most likely tokens.
         top_p: nucleus sampling (Holtzman et al. 2019): sample from the smallest set of most likely
-            tokens that have a total probability of p. With top_k, among those k.
+            tokens that have a total probability of at least p. With top_k, among those k.
         eos_id: this id ends a text and is not returned. generator: a torch.Generator.
 
         A text that outgrows the context is cut to its last half and read again from position 0;

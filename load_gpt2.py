@@ -251,6 +251,7 @@ def read_tokenizer(folder, vocab_size):
         vocab = read_json(folder / "vocab.json")
         with named_errors(path):
             merges = read_merges(path.read_text(encoding="utf-8"))
+        path = f"{path} with vocab.json"
     elif (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         merges, vocab = read_tokenizer_json(path)
@@ -380,6 +381,7 @@ def fetch_from_hub(name, revision):
         if not has_weights:
             raise ValueError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
         return folder
+    # The name of the folder is the commit or the revision
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{HUB_NAMES.get(name, name)}/resolve/{folder.name}"
     token = os.environ.get("HF_TOKEN", "").strip()
@@ -412,7 +414,7 @@ def fetch_from_hub(name, revision):
         if fetch(weights, index) == index:
             for shard in sorted(set(read_weight_map(folder / index).values())):
                 fetch(shard)
-        read_weights(folder)
+        read_weights(folder)  # only to check them
         return folder
     except requests.RequestException as error:
         raise ValueError(
@@ -421,7 +423,7 @@ def fetch_from_hub(name, revision):
         ) from None
     except ValueError:
         for path in fetched:
-            if path.stat().st_size < 2**20:  # a login page in place of a file, or half of it
+            if path.stat().st_size < 2**20:  # it may be a login page, or cut short
                 path.unlink()
         raise
 
@@ -652,7 +654,7 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, **sampling):
     yield next(pieces)  # reads the prompt
     # For a single row, PyTorch's own bfloat16 matrix-vector product is twice as fast as oneDNN's
     use_mkldnn = model.wte.weight.dtype != torch.bfloat16
-    with torch.backends.mkldnn.flags(enabled=use_mkldnn, allow_tf32=None):
+    with torch.backends.mkldnn.flags(enabled=use_mkldnn, allow_tf32=None):  # None: as it is
         yield from pieces
 
 

@@ -210,7 +210,7 @@ def update(model, optimizers, learning_rate, batch, config, autocast):
 
     The loss is the mean over all targets of the batch. Every process gets the whole batch, takes
     its share of the rows, and works on micro-batches to save memory (gradient accumulation).
-    The result depends neither on the number of processes nor on the size of the micro-batches.
+    Without dropout, the number of processes and the size of the micro-batches change nothing.
     """
     rank, world_size = process_rank()
     device = next(model.parameters()).device
@@ -257,7 +257,7 @@ def evaluate(model, loader, autocast):
 
 
 def scheduled_learning_rate(step, config):
-    """Linear warmup, then cosine decay to 10 % (Brown et al. 2020, appendix B); step is from 0."""
+    """Linear warmup, then cosine decay to 10 % (Brown et al. 2020, appendix B). Steps from 0."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     decay = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
@@ -525,8 +525,8 @@ def read_texts(paths):
 
 def read_tokens(path, vocab_size):
     """
-    A token file -> np.memmap. It holds uint16 ids; those of llm.c after a header of 256 int32:
-    magic number 20240520, version 1, number of tokens (at most 2^31 - 1).
+    A token file -> np.memmap of uint16 ids. llm.c's files begin with a header of 256 int32: magic
+    number 20240520, version 1, number of tokens (2^31 - 1 if there are more).
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
@@ -599,7 +599,7 @@ class PretrainConfig(TrainConfig):
     context_length: int | None = option(None, "tokens in a window (default: the model's)")
     dropout: float | None = option(None, "default: that of --model; 0 with --init")
     prompt: str = option("One day", "beginning of the samples")
-    eval_windows: int = option(64, "windows in a validation")
+    eval_windows: int = option(64, "windows in a validation, about")
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
 
     # Data may move; its content is compared
@@ -631,7 +631,7 @@ def create_model(config, text):
     vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
     if config.tokenizer:
         tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)  # 16-bit ids
-    elif config.bin or vocab_size == GPTConfig.vocab_size:
+    elif config.bin or (config.model in GPT2_CONFIGS and config.vocab_size is None):
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
         tokenizer = Tokenizer.train(text.replace("<|endoftext|>\n", "")[:1_000_000], vocab_size)
@@ -665,7 +665,7 @@ def pretrain(config):
         )
     training, validation = split_tokens(shards, context_length)
     train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
-    # eval_windows windows, evenly spread
+    # About eval_windows windows, evenly spread
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
     val_data = ConcatDataset(
         [TokenDataset(tokens, context_length, stride) for tokens in validation]

@@ -98,9 +98,11 @@ def train_ours(change=lambda model: model, dtype="auto", rows=ROWS, window=WINDO
         model.compile()
     times = []
     model.register_forward_pre_hook(lambda *_: times.append(now()) if model.training else None)
-    train_config = TrainConfig(steps=STEPS, batch_size=rows, eval_every=STEPS, dtype=dtype)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
-        train(model, batches.__getitem__, batches[:1], train_config, out, save=lambda: None)
+        train_config = TrainConfig(
+            steps=STEPS, batch_size=rows, eval_every=STEPS, dtype=dtype, out=out, device=device.type
+        )
+        train(model, batches.__getitem__, batches[:1], train_config, save=lambda: None)
     return step_rate(times, rows * window)
 
 

@@ -44,9 +44,16 @@ from gpt import (
 # {name: {dtype, shape, data_offsets}}, then the data of all tensors, one after the other
 
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -356,13 +363,14 @@ WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 def find_in_cache(name, revision):
     """-> the folder of a model in the cache, and whether it has weights"""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     for hub_name in (name, HUB_NAMES.get(name, name)):  # "gpt2" may be cached under either name
         repository = cache / f"models--{hub_name.replace('/', '--')}"
         ref = repository / "refs" / revision
         # What is not a known branch is a commit, or a branch that is stored under its own name
-        commit = ref.read_text(encoding="utf-8") if ref.is_file() else quote(revision, safe="")
+        commit = ref.read_text().strip() if ref.is_file() else quote(revision, safe="")
         folder = repository / "snapshots" / commit
         if any((folder / file_name).exists() for file_name in WEIGHTS_FILES):
             return folder, True
@@ -459,7 +467,7 @@ def download(url, path, token=""):
 def complete(url, path, token):
     """Repeat `fetch_rest`, with longer and longer waits, until the file is complete."""
     part = Path(f"{path}.part")
-    waits = list(WAITS)
+    waits = iter(WAITS)
     largest = part.stat().st_size if part.exists() else 0
     while not path.exists():  # another process may have completed it
         try:
@@ -467,24 +475,26 @@ def complete(url, path, token):
         except requests.RequestException as error:
             size = part.stat().st_size if part.exists() else 0
             if size > largest:  # the attempt brought something
-                waits = list(WAITS)
+                waits = iter(WAITS)
                 largest = size
-            time.sleep(wait_before_retry(error, waits))
+            wait = max(next(waits, math.inf), retry_after(error))
+            if wait > LONGEST_WAIT:
+                raise
+            print_line(f"{error}; trying again in {wait} s", sys.stderr)
+            time.sleep(wait)
 
 
-def wait_before_retry(error, waits):
-    """Takes the next of the waits. -> seconds. Raises the error if it would come again."""
-    wait = waits.pop(0) if waits else math.inf
-    if error.response is not None:
-        status = error.response.status_code
-        retry_after = error.response.headers.get("Retry-After", "")
-        wait = max(wait, int(retry_after) if retry_after.isdecimal() else 0)
-        if status < 500 and status not in (416, 429):  # 416: a part too long, 429: busy
-            raise error
-    if wait > LONGEST_WAIT or isinstance(error, ValueError):  # ValueError: an invalid URL
-        raise error
-    print_line(f"{error}; trying again in {wait} s", sys.stderr)
-    return wait
+def retry_after(error):
+    """-> the seconds that the server asks for, or 0; infinity for an error that would come again"""
+    if isinstance(error, ValueError):  # an invalid URL
+        return math.inf
+    if error.response is None:  # no answer
+        return 0
+    status = error.response.status_code
+    if status < 500 and status not in (416, 429):  # 416: the part was too long, 429: busy
+        return math.inf
+    seconds = error.response.headers.get("Retry-After", "")
+    return int(seconds) if seconds.isdecimal() else 0
 
 
 def fetch_rest(url, path, part, token):

@@ -582,14 +582,19 @@ def test_short_names(hub):
     assert load_gpt2.HUB_NAMES["gpt2-xl"] == "openai-community/gpt2-xl"
 
 
-def test_cache_of_other_tools_is_read(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "variable, cache",
+    [("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")],
+)
+def test_cache_of_other_tools_is_read(hub, tmp_path, monkeypatch, variable, cache):
     """Links to blobs, under the name that was asked for; nothing is written"""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "theirs"))
-    repository = tmp_path / "theirs" / "models--gpt2"
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, str(tmp_path / "theirs"))
+    repository = tmp_path / "theirs" / cache / "models--gpt2"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (repository / "blobs", repository / "refs", snapshot):
         folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / "main").write_text(f"{COMMIT}\n")
     for name in ("config.json", "model.safetensors", "merges.txt", "vocab.json"):
         shutil.copy(TINY / name, repository / "blobs" / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")

@@ -839,6 +839,15 @@ def test_evaluate_counts_each_token_once(n_tokens):
     assert loss == pytest.approx(math.log(320))
 
 
+def test_evaluate_reads_documents_as_train_does(monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("The old man.\n<|endoftext|>\nA dog.\n", encoding="utf-8")
+    model, tokenizer = load(TINY)
+    ids = [*tokenizer.encode("The old man.\n"), tokenizer.eot, *tokenizer.encode("A dog.\n")]
+    expected = load_gpt2.evaluate_text(model, ids)
+    _, out, _ = run(monkeypatch, capsys, TINY, "--evaluate", tmp_path / "text.txt")
+    assert out.startswith(f"loss {expected:.4f} ") and f"over {len(ids) - 1} tokens" in out
+
+
 def test_evaluate_a_long_text_in_bfloat16(monkeypatch, capsys, tmp_path):
     text = (ROOT / "data" / "stories.txt").read_text("utf-8")[:5000]
     (tmp_path / "text.txt").write_text(text, "utf-8")

@@ -818,6 +818,14 @@ def test_a_line_with_the_mark_separates_documents(captured, tmp_path):
     assert given.batches[-2][-1] == ids[-5:-1] and given.batches[-1][-1] == ids[-4:]
 
 
+def test_a_vocabulary_of_any_size_is_learned(captured):
+    """Also one as large as GPT-2's; it ends where no pair is left."""
+    assert (
+        captured(*SHORT, "--vocab-size", GPTConfig.vocab_size, base=[]).model.config.vocab_size
+        < 5000
+    )
+
+
 def test_a_text_that_does_not_fit_in_memory_is_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train_py, "MAX_TEXT_BYTES", 4000)
     code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)

@@ -124,8 +124,7 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model.to(device), config)
-    # validated_at: the step of the last validation; history: the rows of losses.csv
-    state = {"step": 0, "validated_at": None, "best_loss": math.inf, "history": [{"step": 0}]}
+    state = {"step": 0, "best_loss": math.inf, "history": [{"step": 0}]}
     settings, checkpoint = read_checkpoint(config, content)
     if checkpoint:
         with named_errors(out / "resume.pt"):
@@ -137,47 +136,37 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
                 optimizer.load_state_dict(optimizer_state)
         what = "finished at" if state["step"] >= config.steps else "going on from"
         print_on_rank_0(f"{out}: {what} step {state['step']}")
-    step, validated_at, best_loss, history = state.values()
+    step, best_loss, history = state.values()
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
 
     def save_state():
         if rank == 0:
-            state = {"step": step, "validated_at": validated_at, "best_loss": best_loss}
-            state |= {"history": history, "settings": settings, "model": model.state_dict()}
+            state = {"step": step, "best_loss": best_loss, "history": history}
+            state |= {"settings": settings, "model": model.state_dict()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             write_state(out, state)
 
-    if step == 0:
-        save_state()  # before any weights: a folder with weights alone is taken for another model's
-    status = f"step {step:5d}/{config.steps}"
-    n_signals = 0
-    with catch_signals() as signals:
-        while True:
-            is_due = step % config.eval_every == 0 or step >= config.steps
-            if is_due and step != validated_at:
-                val_loss = evaluate(model, val_loader, autocast)
-                if not math.isfinite(val_loss):
-                    raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
-                history[-1]["val_loss"] = val_loss
-                if rank == 0:
-                    if val_loss < best_loss:
-                        save()
-                    print_line(f"{status} | val {val_loss:.4f}")
-                    history[-1] |= (report and report()) or {}
-                best_loss = min(best_loss, val_loss)
-                validated_at = step
-                save_state()
-            elif n_signals:
-                save_state()
-            if step >= config.steps:
-                break
-            if n_signals:
-                how = "without --overwrite " if config.overwrite else ""
-                print_on_rank_0(f"stopped; the same command {how}goes on")
-                sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
+    def validate(status):
+        nonlocal best_loss
+        val_loss = evaluate(model, val_loader, autocast)
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
+        history[-1]["val_loss"] = val_loss
+        if rank == 0:
+            if val_loss < best_loss:
+                save()
+            print_line(f"{status} | val {val_loss:.4f}")
+            history[-1] |= (report and report()) or {}
+        best_loss = min(best_loss, val_loss)
+        save_state()
 
+    with catch_signals() as signals:
+        if step == 0:
+            save_state()  # before any weights: a folder with weights alone is another model's
+            validate(f"step {step:5d}/{config.steps}")
+        while step < config.steps:
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
             # Dropout depends on the step, so that a resumed run repeats it (a hash of numbers,
@@ -200,6 +189,14 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
             status += f" | {batch[0].numel() / seconds:,.0f} tokens/s | {left} left"
             if rank == 0:
                 show_progress(status)
+            if step % config.eval_every == 0 or step == config.steps:
+                validate(status)
+            elif n_signals:
+                save_state()
+            if n_signals and step < config.steps:
+                how = "without --overwrite " if config.overwrite else ""
+                print_on_rank_0(f"stopped; the same command {how}goes on")
+                sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if rank == 0:
         plot_history(history, out / "losses.png")
 

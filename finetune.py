@@ -46,7 +46,6 @@ from train import (
     option,
     print_on_rank_0,
     process_rank,
-    run_folder,
     shuffled_rows,
     start_processes,
     train,
@@ -814,8 +813,7 @@ def main():
     if command in configs:
         config = configs[command](**args)
         start_processes(config.device)
-        with run_folder(config.out):
-            functions[command](config)
+        functions[command](config)
     else:
         functions[command](**args)
     if dist.is_initialized():

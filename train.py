@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import functools
 import glob
-import hashlib
 import importlib.util
 import math
 import os
@@ -65,7 +64,7 @@ def add_options(parser, config_class):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(200, "updates of the weights")
+    steps: int = option(500, "updates of the weights")
     batch_size: int = option(16, "sequences per update, over all processes")
     micro_batch_size: int | None = option(None, "sequences at once (gradient accumulation)")
     optimizer: str = option("adamw", "adamw, or muon: Muon for the matrices in the blocks")
@@ -73,10 +72,10 @@ class TrainConfig:
     warmup: int = option(20, "steps of linear warmup")
     weight_decay: float = option(0.1, "weight decay of matrices")
     grad_clip: float = option(1.0, "clip the gradient norm to this")
-    eval_every: int = option(50, "steps between validations, samples and saves")
+    eval_every: int = option(100, "steps between validations, samples and saves")
     dtype: str = option("auto", "of matrix products: float32, bfloat16, or auto, the faster one")
     seed: int = option(1, "of weights, shuffling, dropout and samples")
-    out: Path | None = option(None, "output folder")
+    out: Path | None = option(None, "output folder (default: out/NAME of the text)")
     overwrite: bool = option(False, "replace the run in the output folder")
     device: str = option(load_gpt2.default_device(), "cpu, cuda, mps", type=load_gpt2.usable_device)
 
@@ -100,21 +99,21 @@ class TrainConfig:
 # the mean loss over the targets that are not -100.
 
 
-def train(model, get_batch, val_loader, config, *, save, report=None, content=None):
+def train(model, get_batch, val_loader, config, *, save, report=lambda: None, content=None):
     """
     Train a model.
 
     get_batch: a function, step -> batch. It must depend on nothing else, so that a resumed run
         repeats what an uninterrupted one does; see `shuffled_rows`.
     val_loader: an iterable of batches.
-    content: what the run learns from, anything with a repr. See `read_checkpoint`.
+    content: what the run learns from, anything with a repr; a run does not go on with another.
 
     At the start, every eval_every steps and at the end:
         compute the mean loss over val_loader; if it is the best so far, call save();
         call report(), which may return more columns for losses.csv;
         write losses.csv and resume.pt.
-    Ctrl-C and SIGTERM finish the current step, save and exit. Raises FloatingPointError for a loss
-    that is not finite, ValueError if the folder holds another run.
+    Ctrl-C and SIGTERM finish the current step, save, and raise KeyboardInterrupt. Raises
+    FloatingPointError for a loss that is not finite, ValueError if the folder holds another run.
     """
     out = Path(config.out)
     rank, world_size = process_rank()
@@ -124,49 +123,46 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model.to(device), config)
-    state = {"step": 0, "best_loss": math.inf, "history": [{"step": 0}]}
-    settings, checkpoint = read_checkpoint(config, content)
-    if checkpoint:
-        with named_errors(out / "resume.pt"):
-            state = {name: checkpoint[name] for name in state}
-            model.load_state_dict(checkpoint["model"])
-            for optimizer, optimizer_state in zip(
-                optimizers, checkpoint["optimizers"], strict=True
-            ):
-                optimizer.load_state_dict(optimizer_state)
-        what = "finished at" if state["step"] >= config.steps else "going on from"
-        print_on_rank_0(f"{out}: {what} step {state['step']}")
-    step, best_loss, history = state.values()
+    settings = {name: v for name, v in vars(config).items() if name not in config.may_change}
+    settings["data_checksum"] = zlib.crc32(repr(content).encode())
+    # The rows of losses.csv
+    history = [{"step": 0}] if config.overwrite else read_state(out, settings, model, optimizers)
+    first_step = history[-1]["step"]
+    if first_step > 0:
+        what = "finished at" if first_step >= config.steps else "going on from"
+        print_on_rank_0(f"{out}: {what} step {first_step}")
+    save_state = functools.partial(write_state, out, settings, model, optimizers, history)
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
-
-    def save_state():
-        if rank == 0:
-            state = {"step": step, "best_loss": best_loss, "history": history}
-            state |= {"settings": settings, "model": model.state_dict()}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            write_state(out, state)
-
-    def validate(status):
-        nonlocal best_loss
-        val_loss = evaluate(model, val_loader, autocast)
-        if not math.isfinite(val_loss):
-            raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
-        history[-1]["val_loss"] = val_loss
-        if rank == 0:
-            if val_loss < best_loss:
-                save()
-            print_line(f"{status} | val {val_loss:.4f}")
-            history[-1] |= (report and report()) or {}
-        best_loss = min(best_loss, val_loss)
-        save_state()
-
-    with catch_signals() as signals:
-        if step == 0:
+    status = f"step {first_step:5d}/{config.steps}"
+    n_signals = 0
+    out.mkdir(parents=True, exist_ok=True)
+    # One run at a time writes to a folder; filelock.Timeout is an OSError
+    lock = filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext()
+    with lock, catch_signals() as signals:
+        if first_step == 0:
             save_state()  # before any weights: a folder with weights alone is another model's
-            validate(f"step {step:5d}/{config.steps}")
-        while step < config.steps:
+        for step in range(first_step, config.steps + 1):  # the last round only validates
+            is_last = step == config.steps
+            if (is_last or step % config.eval_every == 0) and "val_loss" not in history[-1]:
+                val_loss = evaluate(model, val_loader, autocast)
+                if not math.isfinite(val_loss):
+                    raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
+                earlier = [row["val_loss"] for row in history if "val_loss" in row]
+                history[-1]["val_loss"] = val_loss
+                if rank == 0:
+                    if val_loss < min(earlier, default=math.inf):
+                        save()
+                    print_line(f"{status} | val {val_loss:.4f}")
+                    history[-1] |= report() or {}
+                save_state()
+            if is_last:
+                break
+            if n_signals:
+                save_state()
+                print_on_rank_0("stopped; the same command goes on (without --overwrite)")
+                raise KeyboardInterrupt
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
             # Dropout depends on the step, so that a resumed run repeats it (a hash of numbers,
@@ -181,22 +177,13 @@ def train(model, get_batch, val_loader, config, *, save, report=None, content=No
                     f"at step {step} the loss is {loss}, the gradient norm {norm}; {out} keeps the "
                     "last good state. A lower learning rate may help"
                 )
-            step += 1
-            history.append({"step": step, "learning_rate": learning_rate, "train_loss": loss})
+            history.append({"step": step + 1, "learning_rate": learning_rate, "train_loss": loss})
             seconds = time.perf_counter() - start_time
-            left = timedelta(seconds=round(seconds * (config.steps - step)))
-            status = f"step {step:5d}/{config.steps} | loss {loss:.4f}"
+            left = timedelta(seconds=round(seconds * (config.steps - step - 1)))
+            status = f"step {step + 1:5d}/{config.steps} | loss {loss:.4f}"
             status += f" | {batch[0].numel() / seconds:,.0f} tokens/s | {left} left"
             if rank == 0:
                 show_progress(status)
-            if step % config.eval_every == 0 or step == config.steps:
-                validate(status)
-            elif n_signals:
-                save_state()
-            if n_signals and step < config.steps:
-                how = "without --overwrite " if config.overwrite else ""
-                print_on_rank_0(f"stopped; the same command {how}goes on")
-                sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if rank == 0:
         plot_history(history, out / "losses.png")
 
@@ -266,21 +253,22 @@ def create_optimizers(model, config):
     AdamW, with weight decay for matrices only, not for biases and LayerNorm; with optimizer="muon",
     Muon for the matrices in the blocks.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon_names = []
-    if config.optimizer == "muon":
+    muon, matrices, others = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         # "h.0.attn..." in a GPT, "transformer.h.0.attn..." in a GPTClassifier
-        muon_names = [name for name, p in trained.items() if ".h." in f".{name}" and p.dim() == 2]
-        if not muon_names:
-            raise ValueError("optimizer=muon, but no matrix in a module named h is trained")
-    muon_matrices = [trained.pop(name) for name in muon_names]
-    matrices = [p for p in trained.values() if p.dim() >= 2]
-    others = [p for p in trained.values() if p.dim() < 2]
+        if config.optimizer == "muon" and ".h." in f".{name}" and p.dim() == 2:
+            muon.append(p)
+        elif p.dim() >= 2:
+            matrices.append(p)
+        else:
+            others.append(p)
     lr, decay = config.learning_rate, config.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
-    if muon_matrices:
-        optimizers.append(Muon(muon_matrices, lr, decay))
+    if config.optimizer == "muon":
+        optimizers.append(Muon(muon, lr, decay))
     return optimizers
 
 
@@ -324,8 +312,6 @@ def shuffled_rows(step, n_rows, batch_size, order):
     The rows of a step. Epochs follow each other with no gap, so that every batch is full.
     order: a function, number of the epoch -> all rows in their order.
     """
-    if batch_size > n_rows:
-        raise ValueError(f"a batch of {batch_size} rows is more than the {n_rows} for training")
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(order(place // n_rows)[place % n_rows]) for place in places]
 
@@ -393,72 +379,47 @@ def sum_over_processes(numbers, device):
 # The folder of a run
 
 
-@contextlib.contextmanager
-def run_folder(out):
-    """Create the folder of a run and lock it. It is removed if nothing was written to it."""
-    if process_rank()[0] > 0:
-        yield  # rank 0 has the lock
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{out.resolve()}.lock", timeout=0)
-    try:
-        with lock:
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # it is not empty
-                    out.rmdir()
-                with contextlib.suppress(OSError):  # Windows does not remove an open file
-                    os.unlink(lock.lock_file)
-    except filelock.Timeout:
-        raise ValueError(f"{out}: another run writes to this folder") from None
-
-
-def read_checkpoint(config, content):
+def read_state(out, settings, model, optimizers):
     """
-    -> the settings that a later start must repeat; the state that an earlier start saved, or None.
-    content: what the run learns from. Raises ValueError if a setting or the content has changed, or
-    if the folder holds something else.
+    Load the state that an earlier start saved, if there was one. -> history
+    Raises ValueError for other settings, or if the folder holds something else.
     """
-    out = Path(config.out)
-    settings = {name: v for name, v in vars(config).items() if name not in config.may_change}
-    settings["content"] = hashlib.sha256(repr(content).encode()).hexdigest()
     path = out / "resume.pt"
-    names = ("resume.pt", "config.json", "model.safetensors", "merges.txt", "adapter")
-    if config.overwrite or not any((out / name).exists() for name in names):
-        return settings, None
     if not path.exists():
-        raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
+        names = ("config.json", "model.safetensors", "merges.txt", "adapter")
+        if any((out / name).exists() for name in names):
+            raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
+        return [{"step": 0}]
     with named_errors(path):
         if zipfile.ZipFile(path).testzip():  # torch.load does not check them
             raise ValueError("a checksum is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = checkpoint["settings"]
-        if len(checkpoint["history"]) != checkpoint["step"] + 1:
-            raise ValueError("its history does not fit its step")
-        changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
-        name = changed[0]
-        what = f"--{name.replace('_', '-')} was {before.get(name)} and is {settings[name]}"
-        if name == "content":
-            what = "the data or the vocabulary has changed"
-        raise ValueError(f"{out} holds a run, but {what}; --overwrite replaces the run")
-    return settings, checkpoint
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{name} was {before.get(name)} and is {value}; --overwrite replaces the run"
+                )
+        model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        return state["history"]
 
 
-def write_state(out, state):
+def write_state(out, settings, model, optimizers, history):
     """Write losses.csv, then resume.pt, which holds the same rows."""
-    history = state["history"]
+    if process_rank()[0] > 0:
+        return
     columns = dict.fromkeys(name for row in history for name in row)
     lines = [",".join(columns)]
     lines += [",".join(str(row.get(column, "")) for column in columns) for row in history]
     with atomic_write(out / "losses.csv") as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with atomic_write(out / "resume.pt") as part:
-        try:
-            torch.save(state, part)
-        except RuntimeError as error:
-            raise OSError(f"{part}: is the disk full? {error}") from None
+    state = {"settings": settings, "history": history, "model": model.state_dict()}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    # An open file, because only then torch.save raises OSError for a full disk
+    with atomic_write(out / "resume.pt") as part, open(part, "wb") as file:
+        torch.save(state, file)
 
 
 def plot_history(history, path):
@@ -491,7 +452,7 @@ def find_files(names, folder):
     paths = []
     for name in map(str, names):
         if name.startswith(("http://", "https://")):
-            last = re.sub(r"[^\w.-]+", "-", urlsplit(name).path.rpartition("/")[2])
+            last = urlsplit(name).path.rpartition("/")[2]
             found = [folder / f"{zlib.crc32(name.encode()):08x}-{last}"]
             load_gpt2.download(name, found[0])
         else:
@@ -504,18 +465,12 @@ def find_files(names, folder):
 
 def read_texts(paths):
     """-> one str, with a line <|endoftext|> before each text, as between documents in a text"""
-    size = sum(path.stat().st_size for path in paths)
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(
-            f"{size:,} bytes of text do not fit in memory (the limit is {MAX_TEXT_BYTES:,}): "
-            "data/prepare.py makes token files of them, for --bin"
-        )
+    if sum(path.stat().st_size for path in paths) > MAX_TEXT_BYTES:
+        raise ValueError(f"more than {MAX_TEXT_BYTES:,} bytes: use data/prepare.py and --bin")
     result = ""
     for path in paths:
         with named_errors(path):
             text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
-            if not text.strip():
-                raise ValueError("no text")
         result += f"<|endoftext|>\n{text}\n"
     return result
 
@@ -525,24 +480,16 @@ def read_tokens(path, vocab_size):
     A token file -> np.memmap of uint16 ids. llm.c's files begin with a header of 256 int32: magic
     number 20240520, version 1, number of tokens (2^31 - 1 if there are more).
     """
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
-    # llm.c's magic numbers are dates
-    has_header = len(header) == 256 and header[0] // 10_000 == 2024
-    if has_header and header[:2].tolist() != [20240520, 1]:
-        raise ValueError(f"{path}: {header[:2]} is not llm.c's magic number and version for GPT-2")
-    offset = 1024 if has_header else 0
-    if size % 2 or size <= offset:
-        raise ValueError(f"{path}: not a file of 16-bit ids ({size:,} bytes)")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
-    if has_header and header[2] != min(len(tokens), 2**31 - 1):
-        raise ValueError(f"{path}: {len(tokens):,} tokens, but its header says {header[2]:,}")
-    for start in range(0, len(tokens), 2**26):
-        highest = tokens[start : start + 2**26].max()
-        if highest >= vocab_size:
-            raise ValueError(f"{path}: the id {highest} is not in a vocabulary of {vocab_size}")
-        show_progress(f"{path}: {start / len(tokens):.0%} checked")
-    return tokens
+    with named_errors(path):
+        header = np.fromfile(path, dtype="<i4", count=256)
+        has_header = header[:2].tolist() == [20240520, 1]
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
+        if has_header and header[2] != min(len(tokens), 2**31 - 1):
+            raise ValueError(f"{len(tokens):,} tokens, but its header says {header[2]:,}")
+        # Other headers of llm.c fail here, too: as uint16, their magic numbers are above 55,000
+        if tokens.max() >= vocab_size:
+            raise ValueError(f"the id {tokens.max()} is not in a vocabulary of {vocab_size}")
+        return tokens
 
 
 def split_tokens(shards, context_length):
@@ -552,15 +499,12 @@ def split_tokens(shards, context_length):
     are shorter than a window are left out.
     """
     shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
-    # The longest last
-    training = sorted((tokens for name, tokens in shards if "val" not in name), key=len)
+    training = [tokens for name, tokens in shards if "val" not in name]
     validation = [tokens for name, tokens in shards if "val" in name]
     if not training:
-        raise ValueError(
-            f"no text or token file for training (without val in its name) is as long as a window "
-            f"of {context_length} tokens"
-        )
+        raise ValueError(f"no text for training is as long as a window of {context_length} tokens")
     if not validation:
+        training.sort(key=len)
         n_val = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
         validation = [training[-1][-n_val:]]
         training[-1] = training[-1][:-n_val]
@@ -570,23 +514,20 @@ def split_tokens(shards, context_length):
 # --------------------------------------------------------------------------------------------------
 # The command
 
-# Sizes that two CPU cores train in minutes. Their vocabulary is learned from the text.
-SMALL_CONFIGS = {
+# Two CPU cores train the first two in minutes. Their vocabulary is learned from the text.
+MODELS = {
     "nano": GPTConfig(2048, context_length=256, n_layer=4, n_head=4, n_embd=256, dropout=0.15),
     "mini": GPTConfig(2048, context_length=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+    **GPT2_CONFIGS,
 }
-MODELS = SMALL_CONFIGS | GPT2_CONFIGS
 STORIES = Path(__file__).with_name("data") / "stories.txt"
 
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    steps: int = option(500, "updates of the weights")
     batch_size: int = option(8, "sequences per update, over all processes")
     optimizer: str | None = option(None, "default: muon for small models, else adamw")
     learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
-    eval_every: int = option(100, "steps between validations, samples and saves")
-    out: Path | None = option(None, "output folder (default: out/NAME of the text)")
     text: list | None = option(None, "files, URLs (default: data/stories.txt)")
     bin: list | None = option(None, "token files, instead of texts; val in a name: for validation")
     model: str = option("nano", "size of the model", choices=MODELS)
@@ -625,19 +566,16 @@ def create_model(config, text):
         model.load_state_dict(base.state_dict())
         return model, tokenizer
     sizes = MODELS[config.model]
-    vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
     if config.tokenizer:
         tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)  # 16-bit ids
-    elif config.bin or (config.model in GPT2_CONFIGS and config.vocab_size is None):
+    elif config.vocab_size is None and (config.bin or config.model in GPT2_CONFIGS):
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds
+        vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
         tokenizer = Tokenizer.train(text.replace("<|endoftext|>\n", "")[:1_000_000], vocab_size)
-    sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
-    if config.context_length is not None:
-        sizes = replace(sizes, context_length=config.context_length)
-    if config.dropout is not None:
-        sizes = replace(sizes, dropout=config.dropout)
-    return GPT(sizes), tokenizer
+    changes = {name: getattr(config, name) for name in ("context_length", "dropout")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return GPT(replace(sizes, vocab_size=tokenizer.vocab_size, **changes)), tokenizer
 
 
 def pretrain(config):
@@ -645,9 +583,6 @@ def pretrain(config):
     text = "" if config.bin else read_texts(paths)
     model, tokenizer = create_model(config, text)
     if config.bin:
-        # nanoGPT writes meta.pkl for vocabularies of characters; it is a pickle: not opened here
-        if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
-            raise ValueError("meta.pkl beside the token files: not GPT-2's ids; use --tokenizer")
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
         shards = [("text", load_gpt2.encode_documents(text, tokenizer))]
@@ -656,10 +591,7 @@ def pretrain(config):
         context_length = model.config.context_length
     prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]  # the beginning of a document
     if max(context_length, len(prompt)) > model.config.context_length:
-        raise ValueError(
-            f"the context of the model is {model.config.context_length} tokens: too few for "
-            f"--context-length {context_length} or for {len(prompt)} tokens of --prompt"
-        )
+        raise ValueError("--context-length or --prompt is longer than the context of the model")
     training, validation = split_tokens(shards, context_length)
     train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
     # About eval_windows windows, evenly spread
@@ -694,12 +626,9 @@ def pretrain(config):
         text = config.prompt + tokenizer.decode(new_ids)
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
-    get_batch(0)  # if it fails, then before anything is written
-    is_cuda = config.device.startswith("cuda")
-    has_compiler = not is_cuda or importlib.util.find_spec("triton") is not None
-    if config.compile and not has_compiler:
-        print("torch.compile needs Triton, which is not installed: going on without it")
-    if has_compiler and (is_cuda if config.compile is None else config.compile):
+    # On CUDA, torch.compile needs Triton, which PyTorch brings along except on Windows
+    can_compile = config.device.startswith("cuda") and importlib.util.find_spec("triton")
+    if can_compile if config.compile is None else config.compile:
         model.compile()  # in place, so that parameters keep their names
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print_on_rank_0(
@@ -719,10 +648,9 @@ def main():
     if config.out is None:
         source = Path((config.bin or config.text or [STORIES])[0])
         name = source.resolve().parent.name if config.bin else source.stem
-        config = replace(config, out=Path("out") / (re.sub(r"\W+", "-", name).strip("-") or "run"))
+        config = replace(config, out=Path("out") / re.sub(r"\W+", "-", name))
     start_processes(config.device)
-    with run_folder(config.out):
-        pretrain(config)
+    pretrain(config)
     print_on_rank_0(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,19 +17,15 @@ import glob
 import importlib.util
 import math
 import os
-import re
 import signal
 import sys
-import textwrap
 import time
 import zipfile
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from types import NoneType
 from typing import get_args
-from urllib.parse import urlsplit
 
 import filelock
 import numpy as np
@@ -52,7 +48,7 @@ def option(default, help, **for_argparse):
 
 def add_options(parser, config_class):
     for f in fields(config_class):
-        (kind,) = {*(get_args(f.type) or [f.type])} - {NoneType}  # int | None -> int
+        kind = (get_args(f.type) or [f.type])[0]  # int | None -> int
         options = {"default": f.default, "type": kind, **f.metadata}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -108,12 +104,11 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     val_loader: an iterable of batches.
     content: what the run learns from, anything with a repr; a run does not go on with another.
 
-    At the start, every eval_every steps and at the end:
-        compute the mean loss over val_loader; if it is the best so far, call save();
-        call report(), which may return more columns for losses.csv;
-        write losses.csv and resume.pt.
-    Ctrl-C and SIGTERM finish the current step, save, and raise KeyboardInterrupt. Raises
-    FloatingPointError for a loss that is not finite, ValueError if the folder holds another run.
+    At the start, every eval_every steps and at the end, it computes the mean loss over val_loader,
+    calls save() if that is the best so far, calls report(), which may return more columns for
+    losses.csv, and writes losses.csv and resume.pt. After Ctrl-C or SIGTERM, it finishes the step,
+    saves, and raises KeyboardInterrupt. Raises FloatingPointError for a loss that is not finite,
+    ValueError if the folder holds another run.
     """
     out = Path(config.out)
     rank, world_size = process_rank()
@@ -138,7 +133,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     status = f"step {first_step:5d}/{config.steps}"
     n_signals = 0
     out.mkdir(parents=True, exist_ok=True)
-    # One run at a time writes to a folder; filelock.Timeout is an OSError
+    # No other run may write to the folder; if one does, this raises an OSError
     lock = filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext()
     with lock, catch_signals() as signals:
         if first_step == 0:
@@ -318,13 +313,12 @@ def shuffled_rows(step, n_rows, batch_size, order):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Collect Ctrl-C and SIGTERM in a list. A second one interrupts the program."""
+    """Collect Ctrl-C and SIGTERM in a list. The second of a kind raises KeyboardInterrupt."""
     caught = []
 
     def catch(number, frame):
-        if caught:
-            raise KeyboardInterrupt
         caught.append(number)
+        signal.signal(number, signal.default_int_handler)
 
     handlers = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -340,9 +334,8 @@ def keep_freed_memory():
     new, zeroed pages in every step: a third of the time of a step of GPT-2 124M on two CPU cores.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)  # no block has a mapping of its own
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,9 +390,7 @@ def read_state(out, settings, model, optimizers):
         before = state["settings"]
         for name, value in settings.items():
             if before.get(name) != value:
-                raise ValueError(
-                    f"{name} was {before.get(name)} and is {value}; --overwrite replaces the run"
-                )
+                raise ValueError(f"{name} was {before.get(name)} and is {value}; see --overwrite")
         model.load_state_dict(state["model"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
@@ -444,15 +435,13 @@ def plot_history(history, path):
 # --------------------------------------------------------------------------------------------------
 # Data: texts or token files
 
-MAX_TEXT_BYTES = 100_000_000  # encoding in memory takes ten times as much
-
 
 def find_files(names, folder):
     """Files, patterns with *, and URLs (downloaded once, into `folder`) -> list of paths"""
     paths = []
     for name in map(str, names):
         if name.startswith(("http://", "https://")):
-            last = urlsplit(name).path.rpartition("/")[2]
+            last = name.partition("?")[0].rpartition("/")[2]
             found = [folder / f"{zlib.crc32(name.encode()):08x}-{last}"]
             load_gpt2.download(name, found[0])
         else:
@@ -465,8 +454,6 @@ def find_files(names, folder):
 
 def read_texts(paths):
     """-> one str, with a line <|endoftext|> before each text, as between documents in a text"""
-    if sum(path.stat().st_size for path in paths) > MAX_TEXT_BYTES:
-        raise ValueError(f"more than {MAX_TEXT_BYTES:,} bytes: use data/prepare.py and --bin")
     result = ""
     for path in paths:
         with named_errors(path):
@@ -586,9 +573,7 @@ def pretrain(config):
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
         shards = [("text", load_gpt2.encode_documents(text, tokenizer))]
-    context_length = config.context_length
-    if context_length is None:
-        context_length = model.config.context_length
+    context_length = config.context_length or model.config.context_length
     prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]  # the beginning of a document
     if max(context_length, len(prompt)) > model.config.context_length:
         raise ValueError("--context-length or --prompt is longer than the context of the model")
@@ -621,20 +606,17 @@ def pretrain(config):
 
     def show_sample():
         options = {"temperature": 0.6, "top_k": 50, "eos_id": tokenizer.eot}
-        generator = torch.Generator(config.device).manual_seed(config.seed)
-        new_ids = model.stream(prompt, 100, generator=generator, **options)
-        text = config.prompt + tokenizer.decode(new_ids)
-        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+        options["generator"] = torch.Generator(config.device).manual_seed(config.seed)
+        new_ids = model.stream(prompt, 100, **options)
+        print(config.prompt + tokenizer.decode(new_ids), end="\n\n", flush=True)
 
     # On CUDA, torch.compile needs Triton, which PyTorch brings along except on Windows
     can_compile = config.device.startswith("cuda") and importlib.util.find_spec("triton")
     if can_compile if config.compile is None else config.compile:
         model.compile()  # in place, so that parameters keep their names
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print_on_rank_0(
-        f"{n_parameters / 1e6:.1f}M parameters; {len(train_data):,} windows of {context_length} "
-        f"tokens, {len(val_data)} for validation; {config.device}"
-    )
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    data = f"{len(train_data):,} windows of {context_length} tokens"
+    print_on_rank_0(f"{size:.1f}M parameters, {data}, {config.device}")
     train(
         model, get_batch, val_loader, config, content=(fingerprint, tokenizer.vocab),
         save=lambda: load_gpt2.save_gpt2(model, tokenizer, config.out), report=show_sample,
@@ -648,7 +630,7 @@ def main():
     if config.out is None:
         source = Path((config.bin or config.text or [STORIES])[0])
         name = source.resolve().parent.name if config.bin else source.stem
-        config = replace(config, out=Path("out") / re.sub(r"\W+", "-", name))
+        config = replace(config, out=Path("out") / name)
     start_processes(config.device)
     pretrain(config)
     print_on_rank_0(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')

@@ -525,7 +525,7 @@ class PretrainConfig(TrainConfig):
     dropout: float | None = option(None, "default: that of --model; 0 with --init")
     prompt: str = option("One day", "beginning of the samples")
     eval_windows: int = option(64, "windows in a validation, about")
-    compile: bool | None = option(None, "torch.compile the model (default: on CUDA)")
+    compile: bool | None = option(None, "torch.compile the model (default: on CUDA, with Triton)")
 
     # Data may move; its content is compared
     may_change = TrainConfig.may_change | {"text", "bin", "compile"}
@@ -610,9 +610,10 @@ def pretrain(config):
         new_ids = model.stream(prompt, 100, **options)
         print(config.prompt + tokenizer.decode(new_ids), end="\n\n", flush=True)
 
-    # On CUDA, torch.compile needs Triton, which PyTorch brings along except on Windows
-    can_compile = config.device.startswith("cuda") and importlib.util.find_spec("triton")
-    if can_compile if config.compile is None else config.compile:
+    if config.compile is None:
+        has_triton = importlib.util.find_spec("triton") is not None  # not on Windows
+        config = replace(config, compile=config.device.startswith("cuda") and has_triton)
+    if config.compile:
         model.compile()  # in place, so that parameters keep their names
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     data = f"{len(train_data):,} windows of {context_length} tokens"

@@ -54,7 +54,7 @@ def plan_pieces(paths):
     return pieces
 
 
-def encode_piece(piece, tokenizer, bin_path):
+def encode_piece(piece, bin_path, tokenizer):
     """Write the token file of a piece: 256 int32 (llm.c's header), then uint16 ids."""
     path, begin, end = piece
     with open(path, "rb") as file, named_errors(path):
@@ -93,7 +93,7 @@ def main():
     jobs = [(piece, bin_path) for piece, bin_path in jobs if not bin_path.exists()]
     n_tokens = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        counts = pool.map(lambda job: encode_piece(job[0], tokenizer, job[1]), jobs)
+        counts = pool.map(lambda job: encode_piece(*job, tokenizer), jobs)
         for i, n in enumerate(counts, 1):
             n_tokens += n
             show_progress(f"{i} of {len(jobs)} files, {n_tokens:,} tokens")

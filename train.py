@@ -119,7 +119,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizers = create_optimizers(model.to(device), config)
     settings = {name: v for name, v in vars(config).items() if name not in config.may_change}
-    settings["data_checksum"] = zlib.crc32(repr(content).encode())
+    settings["checksum of the data"] = zlib.crc32(repr(content).encode())
     # The rows of losses.csv
     history = [{"step": 0}] if config.overwrite else read_state(out, settings, model, optimizers)
     first_step = history[-1]["step"]
@@ -130,34 +130,28 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
-    status = f"step {first_step:5d}/{config.steps}"
-    n_signals = 0
     out.mkdir(parents=True, exist_ok=True)
     # No other run may write to the folder; if one does, this raises an OSError
     lock = filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext()
+
+    def validate(status):
+        val_loss = evaluate(model, val_loader, autocast)
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(f"{status}: the validation loss is {val_loss}")
+        is_best = all(val_loss < row.get("val_loss", math.inf) for row in history)
+        history[-1]["val_loss"] = val_loss
+        if rank == 0:
+            if is_best:
+                save()
+            print_line(f"{status} | val {val_loss:.4f}")
+            history[-1] |= report() or {}
+        save_state()
+
     with lock, catch_signals() as signals:
         if first_step == 0:
             save_state()  # before any weights: a folder with weights alone is another model's
-        for step in range(first_step, config.steps + 1):  # the last round only validates
-            is_last = step == config.steps
-            if (is_last or step % config.eval_every == 0) and "val_loss" not in history[-1]:
-                val_loss = evaluate(model, val_loader, autocast)
-                if not math.isfinite(val_loss):
-                    raise FloatingPointError(f"the validation loss is {val_loss} at step {step}")
-                earlier = [row["val_loss"] for row in history if "val_loss" in row]
-                history[-1]["val_loss"] = val_loss
-                if rank == 0:
-                    if val_loss < min(earlier, default=math.inf):
-                        save()
-                    print_line(f"{status} | val {val_loss:.4f}")
-                    history[-1] |= report() or {}
-                save_state()
-            if is_last:
-                break
-            if n_signals:
-                save_state()
-                print_on_rank_0("stopped; the same command goes on (without --overwrite)")
-                raise KeyboardInterrupt
+            validate(f"step     0/{config.steps}")
+        for step in range(first_step, config.steps):
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
             # Dropout depends on the step, so that a resumed run repeats it (a hash of numbers,
@@ -172,13 +166,21 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
                     f"at step {step} the loss is {loss}, the gradient norm {norm}; {out} keeps the "
                     "last good state. A lower learning rate may help"
                 )
-            history.append({"step": step + 1, "learning_rate": learning_rate, "train_loss": loss})
+            n_done = step + 1
+            history.append({"step": n_done, "learning_rate": learning_rate, "train_loss": loss})
             seconds = time.perf_counter() - start_time
-            left = timedelta(seconds=round(seconds * (config.steps - step - 1)))
-            status = f"step {step + 1:5d}/{config.steps} | loss {loss:.4f}"
+            left = timedelta(seconds=round(seconds * (config.steps - n_done)))
+            status = f"step {n_done:5d}/{config.steps} | loss {loss:.4f}"
             status += f" | {batch[0].numel() / seconds:,.0f} tokens/s | {left} left"
             if rank == 0:
                 show_progress(status)
+            if n_done % config.eval_every == 0 or n_done == config.steps:
+                validate(status)
+            elif n_signals:
+                save_state()
+            if n_signals and n_done < config.steps:
+                print_on_rank_0("stopped; the same command goes on (without --overwrite)")
+                raise KeyboardInterrupt
     if rank == 0:
         plot_history(history, out / "losses.png")
 
@@ -307,6 +309,8 @@ def shuffled_rows(step, n_rows, batch_size, order):
     The rows of a step. Epochs follow each other with no gap, so that every batch is full.
     order: a function, number of the epoch -> all rows in their order.
     """
+    if batch_size > n_rows:
+        raise ValueError(f"a batch of {batch_size} rows is more than the {n_rows} for training")
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(order(place // n_rows)[place % n_rows]) for place in places]
 
@@ -435,6 +439,8 @@ def plot_history(history, path):
 # --------------------------------------------------------------------------------------------------
 # Data: texts or token files
 
+MAX_TEXT_BYTES = 100_000_000  # encoding in memory takes ten times as much
+
 
 def find_files(names, folder):
     """Files, patterns with *, and URLs (downloaded once, into `folder`) -> list of paths"""
@@ -454,6 +460,12 @@ def find_files(names, folder):
 
 def read_texts(paths):
     """-> one str, with a line <|endoftext|> before each text, as between documents in a text"""
+    size = sum(path.stat().st_size for path in paths)
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{size:,} bytes of text are more than {MAX_TEXT_BYTES:,}; make token files of them "
+            "with data/prepare.py, and use --bin"
+        )
     result = ""
     for path in paths:
         with named_errors(path):
@@ -469,11 +481,13 @@ def read_tokens(path, vocab_size):
     """
     with named_errors(path):
         header = np.fromfile(path, dtype="<i4", count=256)
-        has_header = header[:2].tolist() == [20240520, 1]
+        # llm.c's magic numbers are dates of 2024
+        has_header = len(header) == 256 and header[0] // 10_000 == 2024
+        if has_header and header[:2].tolist() != [20240520, 1]:
+            raise ValueError(f"{header[:2]} is not llm.c's magic number and version for GPT-2")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
         if has_header and header[2] != min(len(tokens), 2**31 - 1):
             raise ValueError(f"{len(tokens):,} tokens, but its header says {header[2]:,}")
-        # Other headers of llm.c fail here, too: as uint16, their magic numbers are above 55,000
         if tokens.max() >= vocab_size:
             raise ValueError(f"the id {tokens.max()} is not in a vocabulary of {vocab_size}")
         return tokens
@@ -570,6 +584,9 @@ def pretrain(config):
     text = "" if config.bin else read_texts(paths)
     model, tokenizer = create_model(config, text)
     if config.bin:
+        # nanoGPT writes meta.pkl for vocabularies of characters; it is a pickle: not opened here
+        if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
+            raise ValueError("meta.pkl beside the token files: not GPT-2's ids; use --tokenizer")
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
         shards = [("text", load_gpt2.encode_documents(text, tokenizer))]
@@ -610,14 +627,16 @@ def pretrain(config):
         new_ids = model.stream(prompt, 100, **options)
         print(config.prompt + tokenizer.decode(new_ids), end="\n\n", flush=True)
 
-    if config.compile is None:
-        has_triton = importlib.util.find_spec("triton") is not None  # not on Windows
-        config = replace(config, compile=config.device.startswith("cuda") and has_triton)
-    if config.compile:
+    is_cuda = config.device.startswith("cuda")
+    has_compiler = not is_cuda or importlib.util.find_spec("triton") is not None
+    if config.compile and not has_compiler:
+        print_on_rank_0("torch.compile needs Triton, which is not installed: going on without it")
+    if has_compiler and (is_cuda if config.compile is None else config.compile):
         model.compile()  # in place, so that parameters keep their names
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     data = f"{len(train_data):,} windows of {context_length} tokens"
     print_on_rank_0(f"{size:.1f}M parameters, {data}, {config.device}")
+    get_batch(0)  # if it fails, then before anything is written
     train(
         model, get_batch, val_loader, config, content=(fingerprint, tokenizer.vocab),
         save=lambda: load_gpt2.save_gpt2(model, tokenizer, config.out), report=show_sample,

@@ -231,8 +231,8 @@ def test_rows_of_a_step_follow_each_other_through_the_epochs():
     rows = [row for step in range(8) for row in shuffled_rows(step, 16, 6, toy_order)]
     assert rows == expected
     assert shuffled_rows(5, 16, 6, toy_order) == rows[30:36]  # no step depends on earlier ones
-    # A batch may be larger than an epoch
-    assert shuffled_rows(0, 2, 5, lambda epoch: [epoch, 7]) == [0, 7, 1, 7, 2]
+    with pytest.raises(ValueError, match="a batch of 5 rows is more than the 2"):
+        shuffled_rows(0, 2, 5, lambda epoch: [epoch, 7])
 
 
 @pytest.mark.parametrize("size", [None, 16, 5, 4, 1])
@@ -595,7 +595,7 @@ def test_a_run_goes_on_with_more_steps_and_other_means(monkeypatch, capsys, quic
         (["--optimizer", "adamw"], "optimizer was muon and is adamw"),
         (["--dropout", 0.3], "dropout was None and is 0.3"),
         (["--prompt", "The"], "prompt was One day"),
-        (["--text", "{}/other.txt"], "data_checksum was"),
+        (["--text", "{}/other.txt"], "checksum of the data was"),
     ],
 )
 def test_other_settings_are_refused_by_name(monkeypatch, capsys, quick, tmp_path, args, message):
@@ -820,6 +820,12 @@ def test_a_vocabulary_of_any_size_is_learned(captured):
     )
 
 
+def test_a_text_that_does_not_fit_in_memory_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train_py, "MAX_TEXT_BYTES", 4000)
+    code, _, error = run(monkeypatch, capsys, "--out", tmp_path / "out", *QUICK)
+    assert is_one_error(code, error) and "data/prepare.py" in error
+
+
 def test_an_epoch_has_every_window_of_every_file_once(captured, tmp_path):
     """And a batch has windows of several files."""
     ids = [*range(320), *range(80)]
@@ -962,7 +968,7 @@ def make_bad_inputs(folder):
         (["--bin", "{}/empty.bin"], "empty.bin"),
         (["--bin", "{}/no-ids.bin"], "no-ids.bin"),
         (["--bin", "{}/cut.bin"], "cut.bin: 100 tokens, but its header says 200"),
-        (["--bin", "{}/llama3.bin"], "llama3.bin: the id 55713"),
+        (["--bin", "{}/llama3.bin"], "llama3.bin: [20240801"),
         (["--bin", "{}/only_val.bin"], "for training"),
         (["--bin", "{}/good.bin", "--tokenizer", "{}/nowhere", "--init", ""], "nowhere"),
         (["--bin", "{}/good.bin", "--text", "{}/text.txt"], "--text"),

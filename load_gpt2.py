@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from datetime import timedelta
@@ -138,11 +137,9 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 SIZES |= {"n_positions": "context_length"}
 
-# Left by another model, these would be read instead of what `save_folder` writes: it removes them
-STALE_FILES = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
-
 # Settings of transformers' GPT-2 that change what is computed, with the one value supported here
 FIXED_SETTINGS = {
+    "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -178,11 +175,8 @@ def assign_weights(model, weights, folder):
     with named_errors(folder):
         parameters = {}
         for name, weight in weights.items():
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # causal masks, in the published files
-            if not weight.is_floating_point():
-                raise ValueError(f"{name} is quantized ({weight.dtype})")
-            parameters[name] = weight.t() if name.endswith(TRANSPOSED) else weight
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # published causal masks
+                parameters[name] = weight.t() if name.endswith(TRANSPOSED) else weight
         head = parameters.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, parameters["wte.weight"]):
             raise ValueError("lm_head.weight differs from wte.weight; here they are tied")
@@ -190,31 +184,28 @@ def assign_weights(model, weights, folder):
 
 
 def read_weights(folder):
-    """model.safetensors, or the shards listed in model.safetensors.index.json -> {name: tensor}"""
-    folder = Path(folder)
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        raise ValueError(f"{folder}: no model.safetensors (pickled *.bin files are not supported)")
-    weight_map = read_weight_map(index)
+    """All files with weights -> {name: tensor}"""
     tensors = {}
-    for shard in sorted(set(weight_map.values())):
-        shard_tensors = read_safetensors(folder / shard)
-        if shard_tensors.keys() != {name for name in weight_map if weight_map[name] == shard}:
-            raise ValueError(f"{folder / shard}: not the tensors that {index.name} lists")
-        tensors |= shard_tensors
+    for file_name in list_weight_files(folder):
+        tensors |= read_safetensors(Path(folder) / file_name)
     return tensors
 
 
-def read_weight_map(path):
-    """model.safetensors.index.json -> {name of a tensor: file name of its shard}"""
-    weight_map = read_json(path).get("weight_map")
-    with named_errors(path):
-        for shard in weight_map.values():
+def list_weight_files(folder):
+    """-> [model.safetensors], or the shards that model.safetensors.index.json lists"""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    if not index.exists():
+        raise ValueError(f"{folder}: no model.safetensors (pickled *.bin files are not supported)")
+    weight_map = read_json(index).get("weight_map")
+    with named_errors(index):
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):  # no paths to other folders
                 raise ValueError(f"{shard} is not the name of a shard")
-    return weight_map
+    return shards
 
 
 def read_json(path):
@@ -228,25 +219,21 @@ def read_json(path):
 def read_config(path):
     """config.json -> GPTConfig with dropout 0; sizes that it does not give are those of GPT-2"""
     content = read_json(path)
-    if content.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {content.get('model_type')}, not gpt2")
     with named_errors(path):
-        config = GPTConfig(**{SIZES[key]: content[key] for key in SIZES if key in content})
-        for key, value in (FIXED_SETTINGS | {"n_inner": 4 * config.n_embd}).items():
+        for key, value in FIXED_SETTINGS.items():
             if content.get(key) not in (None, value):
                 raise ValueError(f"{key}={content[key]} is not supported, only {value}")
-    return config
+        return GPTConfig(**{SIZES[key]: content[key] for key in SIZES if key in content})
 
 
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
     folder = Path(folder)
-    path = folder / "merges.txt"
-    if path.exists() or (folder / "vocab.json").exists():  # a folder that lacks one is damaged
-        vocab = read_json(folder / "vocab.json")
-        with named_errors(path):
-            merges = read_merges(path.read_text(encoding="utf-8"))
-        path = f"{path} with vocab.json"
+    merges_path, path = folder / "merges.txt", folder / "vocab.json"
+    if merges_path.exists() or path.exists():  # a folder that lacks one is damaged
+        vocab = read_json(path)
+        with named_errors(merges_path):
+            merges = read_merges(merges_path.read_text(encoding="utf-8"))
     elif (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         merges, vocab = read_tokenizer_json(path)
@@ -259,8 +246,7 @@ def read_tokenizer(folder, vocab_size):
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(set(ids)) < len(ids):
             raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
         # If merges are missing, their tokens must not pass as special ones
-        special = vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}
-        for name in special:
+        for name in vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}:
             if name[:1] + name[-1:] not in ("<>", "[]"):  # special tokens look like <pad>, [PAD]
                 raise ValueError(f"no merge makes the token {name}")
         return Tokenizer(merges, vocab)
@@ -272,21 +258,20 @@ def read_tokenizer_json(path):
     with named_errors(path):
         bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
         kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
-        normal = not pre_tokenizer["add_prefix_space"] and content["normalizer"] is None
-        if kind != ("BPE", "ByteLevel", True) or not normal:
+        changes_text = pre_tokenizer["add_prefix_space"] or content["normalizer"]
+        if kind != ("BPE", "ByteLevel", True) or changes_text:
             raise ValueError("not GPT-2's kind of tokenizer")
         merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
         return merges, bpe["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
 
 
-def save_gpt2(model, tokenizer, folder, *, dtype=torch.float32, chat_template=None):
+def save_gpt2(model, tokenizer, folder, *, chat_template=None):
     """
     Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`
-    open. dtype: of the weights in the file, float32, bfloat16 or float16.
+    open. The weights keep their dtype.
     """
-    weights = {f"transformer.{name}": w.to(dtype) for name, w in model.state_dict().items()}
-    config = hf_config(model.config, tokenizer, dtype)
-    save_folder(folder, weights, tokenizer, config, chat_template)
+    weights = {f"transformer.{name}": weight for name, weight in model.state_dict().items()}
+    save_folder(folder, weights, tokenizer, hf_config(model.config, tokenizer), chat_template)
 
 
 def save_folder(folder, weights, tokenizer, config, chat_template=None):
@@ -295,7 +280,6 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     weights: {name in transformers: tensor in nn.Linear's layout}. config: for config.json.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -306,18 +290,17 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     if chat_template:
         tokenizer_config["chat_template"] = chat_template
     part = folder / ".part"
-    part.mkdir(exist_ok=True)  # it exists if a save was killed
-    try:
-        write_safetensors(part / "model.safetensors", weights)
-        tokenizer.save(part)
-        write_json(part / "tokenizer_config.json", tokenizer_config)
-        write_json(part / "config.json", config)
-        for path in part.iterdir():
-            os.replace(path, folder / path.name)
-        for name in STALE_FILES:
-            (folder / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)  # it exists if a save was interrupted
+    write_safetensors(part / "model.safetensors", weights)
+    tokenizer.save(part)
+    write_json(part / "tokenizer_config.json", tokenizer_config)
+    write_json(part / "config.json", config)
+    for path in part.iterdir():
+        os.replace(path, folder / path.name)
+    part.rmdir()
+    # Left by another model, these would be read instead of what was written
+    for name in ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -325,17 +308,15 @@ def write_json(path, content):
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def hf_config(config, tokenizer, dtype=torch.float32):
+def hf_config(config, tokenizer):
     """GPTConfig -> content of config.json"""
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
         **{key: getattr(config, name) for key, name in SIZES.items()},
         "n_ctx": config.context_length,  # for llama.cpp's converter
         **FIXED_SETTINGS,
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot),
-        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -408,7 +389,7 @@ def fetch_from_hub(name, revision):
         read_tokenizer(folder, read_config(folder / "config.json").vocab_size)
         weights, index = WEIGHTS_FILES
         if fetch(weights, index) == index:
-            for shard in sorted(set(read_weight_map(folder / index).values())):
+            for shard in list_weight_files(folder):
                 fetch(shard)
         read_weights(folder)  # only to check them
         return folder

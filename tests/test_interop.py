@@ -96,7 +96,7 @@ def test_saved_folder_opens_in_transformers(tmp_path, dtype):
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(SOURCE, 500)
     config = GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=2, n_embd=32)
-    save_gpt2(GPT(config).eval(), tokenizer, tmp_path, dtype=dtype)
+    save_gpt2(GPT(config).to(dtype), tokenizer, tmp_path)
     model = load_gpt2(tmp_path)[0]
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype="auto", output_loading_info=True

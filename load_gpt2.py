@@ -16,9 +16,7 @@ import os
 import re
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import requests
@@ -150,7 +148,7 @@ FIXED_SETTINGS = {
 }
 
 
-def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="cpu"):
+def load_gpt2(name_or_folder, *, dtype=torch.float32, device="cpu"):
     """
     Load a model and its tokenizer. -> (GPT in eval mode, Tokenizer)
 
@@ -161,7 +159,7 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        folder = fetch_from_hub(str(name_or_folder), revision)
+        folder = fetch_from_hub(str(name_or_folder))
     config = read_config(folder / "config.json")
     weights = {name.removeprefix("transformer."): w for name, w in read_weights(folder).items()}
     with named_errors(folder), torch.device("meta"):  # parameters without memory
@@ -322,87 +320,62 @@ def hf_config(config, tokenizer):
 
 # --------------------------------------------------------------------------------------------------
 # The Hugging Face hub, and the cache of Hugging Face's own tools:
-# models--OWNER--NAME/snapshots/COMMIT/FILE, with the commit of a branch in refs/BRANCH
-
-HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS}
-HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-# The weights in one file, or the list of their shards
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+# models--OWNER--NAME/snapshots/COMMIT/FILE, with the commit of the main branch in refs/main
 
 
-def find_in_cache(name, revision):
-    """-> the folder of a model in the cache, and whether it has weights"""
+def cache_folder(name):
+    """-> the folder of a model in the cache; it may not exist"""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-    for hub_name in (name, HUB_NAMES.get(name, name)):  # "gpt2" may be cached under either name
-        repository = cache / f"models--{hub_name.replace('/', '--')}"
-        ref = repository / "refs" / revision
-        # What is not a known branch is a commit, or a branch that is stored under its own name
-        commit = ref.read_text().strip() if ref.is_file() else quote(revision, safe="")
-        folder = repository / "snapshots" / commit
-        if any((folder / file_name).exists() for file_name in WEIGHTS_FILES):
-            return folder, True
-    return folder, False
+    repository = cache / f"models--{name.replace('/', '--')}"
+    ref = repository / "refs" / "main"
+    commit = ref.read_text().strip() if ref.is_file() else "main"
+    return repository / "snapshots" / commit
 
 
-def fetch_from_hub(name, revision):
+def fetch_from_hub(name):
     """Download what the cache lacks of a model. -> its folder in the cache"""
-    if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        known = ", ".join(HUB_NAMES)
+    # OWNER/NAME; but if a folder OWNER exists, it is a path that does not
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+    if name not in GPT2_CONFIGS and (not is_hub_name or Path(name).parent.is_dir()):
+        known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
-    if "/" in name and Path(name).parent.is_dir():  # a path with a typo, not OWNER/NAME
-        raise ValueError(f"{name}: no such folder")
-    folder, has_weights = find_in_cache(name, revision)
+    folder = cache_folder(name)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        if not has_weights:
-            raise ValueError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
         return folder
-    # The name of the folder is the commit or the revision
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    url = f"{endpoint.rstrip('/')}/{HUB_NAMES.get(name, name)}/resolve/{folder.name}"
+    url = f"{endpoint.rstrip('/')}/{name}/resolve/{folder.name}"  # a commit, or main
     token = os.environ.get("HF_TOKEN", "").strip()
-    fetched = []
 
     def fetch(*file_names):
         """-> the first that is in the cache, or else the first that the hub has, or None"""
-        for file_name in file_names:
-            if (folder / file_name).exists():
-                return file_name
-        for file_name in file_names:
+        cached = [file_name for file_name in file_names if (folder / file_name).exists()]
+        for file_name in cached or file_names:
             try:
                 download(f"{url}/{file_name}", folder / file_name, token)
+                return file_name
             except requests.HTTPError as error:
                 if error.response.status_code != 404:
                     raise
-            else:
-                fetched.append(folder / file_name)
-                return file_name
         return None
 
     try:
         # Small files first: other models are refused before gigabytes are downloaded
-        if not fetch("config.json"):
-            raise ValueError(f"{name} is not a folder, and the hub has no config.json of it")
+        download(f"{url}/config.json", folder / "config.json", token)
+        config = read_config(folder / "config.json")
         if fetch("merges.txt", "tokenizer.json") == "merges.txt":
             fetch("vocab.json")
-        read_tokenizer(folder, read_config(folder / "config.json").vocab_size)
-        weights, index = WEIGHTS_FILES
-        if fetch(weights, index) == index:
-            for shard in list_weight_files(folder):
-                fetch(shard)
-        read_weights(folder)  # only to check them
-        return folder
+        read_tokenizer(folder, config.vocab_size)
+        fetch("model.safetensors", "model.safetensors.index.json")
+        for file_name in list_weight_files(folder):
+            fetch(file_name)
     except requests.RequestException as error:
         raise ValueError(
             f"{name} is not a folder, and the hub did not provide it: {error}. Give a folder, set "
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
-    except ValueError:
-        for path in fetched:
-            if path.stat().st_size < 2**20:  # it may be a login page, or cut short
-                path.unlink()
-        raise
+    return folder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,7 +383,6 @@ def fetch_from_hub(name, revision):
 
 TIMEOUT = 20  # seconds without an answer, or without a byte
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt
-LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of five minutes
 
 
 def download(url, path, token=""):
@@ -424,54 +396,27 @@ def download(url, path, token=""):
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
-    try:
-        with lock:
-            complete(url, path, token)
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
-            os.unlink(lock.lock_file)
+    waits = list(WAITS)
+    with FileLock(path.parent / ".lock"):  # processes that need the same file wait for the first
+        while not path.exists():
+            try:
+                fetch_rest(url, path, token)
+            except requests.RequestException as error:
+                # No answer counts as an error of the server. 416: the part was too long, 429: busy
+                status = 500 if error.response is None else error.response.status_code
+                if not waits or (status < 500 and status not in (416, 429)):
+                    raise
+                print_line(f"{error}; trying again in {waits[0]} s", sys.stderr)
+                time.sleep(waits.pop(0))
 
 
-def complete(url, path, token):
-    """Repeat `fetch_rest`, with longer and longer waits, until the file is complete."""
-    part = Path(f"{path}.part")
-    waits = iter(WAITS)
-    largest = part.stat().st_size if part.exists() else 0
-    while not path.exists():  # another process may have completed it
-        try:
-            fetch_rest(url, path, part, token)
-        except requests.RequestException as error:
-            size = part.stat().st_size if part.exists() else 0
-            if size > largest:  # the attempt brought something
-                waits = iter(WAITS)
-                largest = size
-            wait = max(next(waits, math.inf), retry_after(error))
-            if wait > LONGEST_WAIT:
-                raise
-            print_line(f"{error}; trying again in {wait} s", sys.stderr)
-            time.sleep(wait)
-
-
-def retry_after(error):
-    """-> the seconds that the server asks for, or 0; infinity for an error that would come again"""
-    if isinstance(error, ValueError):  # an invalid URL
-        return math.inf
-    if error.response is None:  # no answer
-        return 0
-    status = error.response.status_code
-    if status < 500 and status not in (416, 429):  # 416: the part was too long, 429: busy
-        return math.inf
-    seconds = error.response.headers.get("Retry-After", "")
-    return int(seconds) if seconds.isdecimal() else 0
-
-
-def fetch_rest(url, path, part, token):
+def fetch_rest(url, path, token):
     """
     One attempt: append what the part lacks, and rename it when it is complete. The ETag is the
     server's name for a version of the file. With If-Range, the server sends the rest of the same
     version, or else a whole file (RFC 9110, section 13.1.5).
     """
+    part = Path(f"{path}.part")
     etag_path = Path(f"{path}.etag")
     headers = {"Accept-Encoding": "identity"}  # or Content-Length would be that of compressed data
     if token:
@@ -482,45 +427,26 @@ def fetch_rest(url, path, part, token):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # the part is as long as the file, or longer
             part.unlink(missing_ok=True)
-        # The hub's own words, for the error of raise_for_status
-        response.reason = response.headers.get("X-Error-Message") or response.reason
         response.raise_for_status()
-        is_rest = response.status_code == 206
-        if not is_rest:
+        if response.status_code != 206:  # not the rest, but a whole file
             part.unlink(missing_ok=True)
             etag_path.write_text(response.headers.get("ETag", ""), encoding="utf-8")
-        with open(part, "ab" if is_rest else "wb") as file:
-            start = file.tell()
-            length = response.headers.get("Content-Length", "")
-            size = start + int(length) if length.isdecimal() else None
-            start_time = time.monotonic()
+        with open(part, "ab") as file:
+            size = file.tell() + float(response.headers.get("Content-Length", math.inf))  # bytes
             for block in response.iter_content(2**16):
                 file.write(block)
-                speed = (file.tell() - start) / (time.monotonic() - start_time + 1e-9)  # bytes/s
-                left = timedelta(seconds=round((size - file.tell()) / speed)) if size else "?"
-                progress = f"{file.tell() / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, {left} left"
-                show_progress(f"{path.name}: {progress}")
+                show_progress(f"{path.name}: {file.tell() / 1e6:.0f} of {size / 1e6:.0f} MB")
         show_progress("")
-        if size is not None and part.stat().st_size != size:
+        if size not in (part.stat().st_size, math.inf):
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
-        sha256 = hub_sha256(response)
-        if sha256:
-            digest = hashlib.sha256(np.memmap(part, mode="r"))
-            if digest.hexdigest() != sha256:
-                part.unlink()
-                raise ValueError(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}")
+    for hop in response.history:
+        # The hub redirects to a storage host, and gives the SHA-256 of large files before
+        sha256 = hop.headers.get("X-Linked-ETag", "").strip('"')
+        if len(sha256) == 64 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
+            part.unlink()
+            raise ValueError(f"{url}: the SHA-256 of the download is not {sha256}")
     os.replace(part, path)
     etag_path.unlink()
-
-
-def hub_sha256(response):
-    """The hub gives the SHA-256 of large files as their ETag, also when it redirects elsewhere."""
-    for hop in (response, *response.history):
-        if "X-Repo-Commit" in hop.headers or "X-Linked-ETag" in hop.headers:
-            etag = hop.headers.get("X-Linked-ETag") or hop.headers.get("ETag", "")
-            match = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', etag)
-            return match and match[1]
-    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,7 +579,7 @@ def evaluate_text(model, ids):
 def parse_arguments():
     parser = CommandLine(description="Complete a text, or measure how well a model predicts one.")
     add = parser.add_argument
-    names = ", ".join(HUB_NAMES)
+    names = ", ".join(GPT2_CONFIGS)
     add("model", help=f"a folder, such as out/stories, or {names}, or OWNER/NAME on the hub")
     add("--prompt", default="\n", help="the text to complete; - reads standard input")
     add("--max-new-tokens", type=int, default=200, help="tokens to generate")

@@ -459,17 +459,14 @@ def encode_documents(text, tokenizer):
     Within a line, it is encoded as ordinary characters.
     """
     documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-    allowed = set()
     if text.count(END_OF_TEXT) == len(documents) - 1:  # none within a line: one call is faster
-        documents = [END_OF_TEXT.join(documents)]
-        allowed = {END_OF_TEXT}
-    # As `tokenizer.encode`, but without a Python object for each id
-    encode = tokenizer.encoding.encode_to_numpy
+        return tokenizer.encoding.encode_to_numpy(
+            END_OF_TEXT.join(documents), allowed_special={END_OF_TEXT}, disallowed_special=()
+        )
     ids = []
     for document in documents:
-        ids.append([tokenizer.eot])
-        ids.append(encode(document, allowed_special=allowed, disallowed_special=()))
-    return np.concatenate(ids[1:]).astype(np.uint32)
+        ids += [tokenizer.eot, *tokenizer.encode(document)]
+    return np.array(ids[1:], dtype=np.uint32)
 
 
 def default_device():
@@ -490,14 +487,12 @@ def usable_device(name):
 def fast_dtype(device):
     """bfloat16 if the device has hardware for it, else float32"""
     device_type = torch.device(device).type
+    has_bf16 = False
     if device_type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Private functions of PyTorch; without them, float32 is always right
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        has_bf16 = device_type == "cpu" and any(
-            getattr(torch.cpu, name, lambda: False)() for name in names
-        )
+    if device_type == "cpu":
+        # A private function of PyTorch; without it, float32 is always right
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -581,7 +576,7 @@ def parse_arguments():
     add = parser.add_argument
     names = ", ".join(GPT2_CONFIGS)
     add("model", help=f"a folder, such as out/stories, or {names}, or OWNER/NAME on the hub")
-    add("--prompt", default="\n", help="the text to complete; - reads standard input")
+    add("--prompt", default="\n", help="the text to complete")
     add("--max-new-tokens", type=int, default=200, help="tokens to generate")
     add("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
@@ -615,25 +610,19 @@ def main():
             if len(ids) < 2:
                 raise ValueError("a text of at least two tokens is needed")
         loss = evaluate_text(model, ids)
-        n, context_length = len(ids) - 1, model.config.context_length
         print_line(
-            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {n:,} tokens "
-            f"in windows of {context_length}"
+            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "
+            f"over {len(ids) - 1:,} tokens in windows of {model.config.context_length}"
         )
         return
-    prompt = args.prompt
-    if prompt == "-":
-        with named_errors("standard input"):
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-    print(prompt, end="", flush=True)
+    print(args.prompt, end="", flush=True)
     start_time = time.perf_counter()
-    n_pieces = 0
-    for piece in stream_text(model, tokenizer, prompt, args.max_new_tokens, **sampling):
-        n_pieces += 1
+    n_tokens = -1  # the last piece is not a token, but the end
+    for piece in stream_text(model, tokenizer, args.prompt, args.max_new_tokens, **sampling):
+        n_tokens += 1
         print(piece, end="", flush=True)
-    n_tokens = n_pieces - 1  # the last piece is the end
     speed = n_tokens / (time.perf_counter() - start_time)
     print()
     print(f"\n{n_tokens} tokens, {speed:.1f} tokens/s", file=sys.stderr)

@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import multiprocessing
@@ -779,28 +778,6 @@ def test_default_dtype_works(monkeypatch, capsys):
     assert out.startswith("The old")
 
 
-def give_input(monkeypatch, content):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-
-
-@pytest.mark.parametrize(
-    "given, prompt", [(b"The old", "The old"), ("naïve\r\n\n".encode(), "naïve\r\n"), (b"", "")]
-)
-def test_prompt_from_standard_input(monkeypatch, capsys, given, prompt):
-    give_input(monkeypatch, given)
-    out = complete(monkeypatch, capsys, TINY, "--prompt", "-")
-    assert out.startswith(prompt)
-    assert out == complete(monkeypatch, capsys, TINY, "--prompt", prompt)
-
-
-def test_standard_input_that_is_not_utf8(monkeypatch, capsys):
-    give_input(monkeypatch, b"\xff\xfe")
-    code, _, error = run(monkeypatch, capsys, TINY, "--prompt", "-")
-    assert code == 1
-    assert error.startswith("error: standard input: ")
-    assert error.count("\n") == 1
-
-
 def test_evaluate(monkeypatch, capsys, tmp_path):
     """Against one token at a time, each with just the context that the windows give it"""
     text = (ROOT / "data" / "stories.txt").read_text("utf-8")[:200]
@@ -1001,8 +978,7 @@ def test_damaged_lets_errors_of_the_system_through():
 
 def test_fast_dtype_needs_no_private_function(monkeypatch):
     assert load_gpt2.fast_dtype("cpu") in (torch.float32, torch.bfloat16)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert load_gpt2.fast_dtype("cpu") == torch.float32
 
 

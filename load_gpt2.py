@@ -76,7 +76,7 @@ def read_safetensors(path):
             end += math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [begin, end] or end > len(data):
                 raise ValueError(f"the tensor {name} does not fit its place in the file")
-            # First integers of the same size, because NumPy has no bfloat16
+            # NumPy has no bfloat16, so first as integers of the same size
             integers = torch.from_numpy(data[begin:end].view(f"i{dtype.itemsize}"))
             tensors[name] = integers.view(dtype).view(shape)
         if end != len(data):
@@ -387,9 +387,9 @@ WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt
 
 def download(url, path, token=""):
     """
-    Download a file, unless it exists. While the network fails or the server is busy, it tries again
-    and goes on where it stopped, as does the next process. Length and, if the hub gives it, SHA-256
-    are checked. token: for the hub; it is not sent to other hosts.
+    Download a file, unless it exists. If the network fails or the server is busy, it tries again, a
+    few times, and goes on where it stopped, as does the next process. Length and, if the hub gives
+    it, SHA-256 are checked. token: for the hub; it is not sent to other hosts.
     Raises requests.RequestException, or ValueError for a wrong SHA-256.
     """
     path = Path(path)
@@ -440,7 +440,7 @@ def fetch_rest(url, path, token):
         if size not in (part.stat().st_size, math.inf):
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
     for hop in response.history:
-        # The hub redirects to a storage host, and gives the SHA-256 of large files before
+        # When the hub redirects to its storage host, it gives the SHA-256 of a large file
         sha256 = hop.headers.get("X-Linked-ETag", "").strip('"')
         if len(sha256) == 64 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
             part.unlink()

@@ -396,18 +396,28 @@ def download(url, path, token=""):
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = Path(f"{path}.lock")
+    try:
+        with FileLock(lock_path):  # processes that need the same file wait for the first
+            complete(url, path, token)
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
+            lock_path.unlink()
+
+
+def complete(url, path, token):
+    """Repeat `fetch_rest` until the file is complete."""
     waits = list(WAITS)
-    with FileLock(path.parent / ".lock"):  # processes that need the same file wait for the first
-        while not path.exists():
-            try:
-                fetch_rest(url, path, token)
-            except requests.RequestException as error:
-                # No answer counts as an error of the server. 416: the part was too long, 429: busy
-                status = 500 if error.response is None else error.response.status_code
-                if not waits or (status < 500 and status not in (416, 429)):
-                    raise
-                print_line(f"{error}; trying again in {waits[0]} s", sys.stderr)
-                time.sleep(waits.pop(0))
+    while not path.exists():  # another process may have completed it
+        try:
+            fetch_rest(url, path, token)
+        except requests.RequestException as error:
+            # No answer counts as an error of the server. 416: the part was too long, 429: busy
+            status = 500 if error.response is None else error.response.status_code
+            if not waits or (status < 500 and status not in (416, 429)):
+                raise
+            print_line(f"{error}; trying again in {waits[0]} s", sys.stderr)
+            time.sleep(waits.pop(0))
 
 
 def fetch_rest(url, path, token):

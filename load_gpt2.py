@@ -592,7 +592,6 @@ def parse_arguments():
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
     add("--top-p", type=float, default=1.0, help="nucleus sampling: from the tokens that reach p")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--adapter", metavar="FOLDER", help="LoRA adapters for the model")
     add("--evaluate", metavar="FILE", help="instead: loss per token and perplexity of this text")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     dtype_help = "of the weights; auto: float32 for --evaluate, else what is fast on the device"
@@ -606,13 +605,7 @@ def main():
     dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    # Adapters are merged in float32
-    model, tokenizer = load_gpt2(args.model, dtype=torch.float32 if args.adapter else dtype)
-    if args.adapter:
-        from finetune import merge_adapter  # here, because finetune.py imports this file
-
-        model = merge_adapter(model, args.model, args.adapter)
-    model.to(args.device, dtype)
+    model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
     if args.evaluate:
         with named_errors(args.evaluate):
             text = Path(args.evaluate).read_text(encoding="utf-8-sig")

@@ -179,14 +179,6 @@ def fetch(hub, tmp_path):
     return fetch
 
 
-@pytest.fixture
-def sleeps(monkeypatch):
-    """time.sleep only makes a note of the seconds."""
-    seconds = []
-    monkeypatch.setattr(load_gpt2.time, "sleep", seconds.append)
-    return seconds
-
-
 def start_of(headers):
     """Range: bytes=123- -> 123"""
     return int(headers["Range"].removeprefix("bytes=").removesuffix("-"))

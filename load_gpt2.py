@@ -12,15 +12,11 @@ import contextlib
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
-import shutil
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import requests
@@ -62,32 +58,27 @@ def read_safetensors(path):
     """
     File -> {name: tensor}. The tensors are views of the memory-mapped file: they take no memory
     until they are read, and writing to them does not change the file.
-    Raises ValueError unless the header accounts for every byte of the file.
+    Raises ValueError unless the tensors account for every byte of the file.
     """
-    with open(path, "rb") as file, named_errors(path):
-        size = os.fstat(file.fileno()).st_size
-        header_size = int.from_bytes(file.read(8), "little")
-        if header_size > size - 8:
-            raise ValueError(f"cut short, or not a safetensors file ({size:,} bytes)")
-        header = json.loads(file.read(header_size), object_pairs_hook=unique_keys)
+    with named_errors(path):
+        file = np.memmap(path, mode="c")  # bytes, copied when they are written to
+        header_size = int.from_bytes(file[:8].tobytes(), "little")
+        if header_size > len(file) - 8:
+            raise ValueError(f"cut short, or not a safetensors file ({len(file):,} bytes)")
+        header = json.loads(file[8 : 8 + header_size].tobytes())
         header.pop("__metadata__", None)
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[8 + header_size :]
+        data = file[8 + header_size :]
         tensors = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
-                raise ValueError(f"the tensor {name} has the shape {shape}")
-            n_elements = math.prod(shape)
             begin = end
-            end += n_elements * dtype.itemsize
+            end += math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [begin, end] or end > len(data):
                 raise ValueError(f"the tensor {name} does not fit its place in the file")
-            if n_elements:
-                tensor = torch.frombuffer(data, dtype=dtype, count=n_elements, offset=begin)
-            else:
-                tensor = torch.empty(0, dtype=dtype)
-            tensors[name] = tensor.view(shape)
+            # NumPy has no bfloat16, so first as integers of the same size
+            integers = torch.from_numpy(data[begin:end].view(f"i{dtype.itemsize}"))
+            tensors[name] = integers.view(dtype).view(shape)
         if end != len(data):
             raise ValueError(f"the tensors end after {end:,} bytes, the file after {len(data):,}")
         return tensors
@@ -108,12 +99,6 @@ def write_safetensors(path, tensors):
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def unique_keys(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return dict(pairs)
 
 
 @contextlib.contextmanager
@@ -150,11 +135,9 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 SIZES |= {"n_positions": "context_length"}
 
-# Left by another model, these would be read instead of what `save_folder` writes: it removes them
-STALE_FILES = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
-
 # Settings of transformers' GPT-2 that change what is computed, with the one value supported here
 FIXED_SETTINGS = {
+    "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -165,7 +148,7 @@ FIXED_SETTINGS = {
 }
 
 
-def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="cpu"):
+def load_gpt2(name_or_folder, *, dtype=torch.float32, device="cpu"):
     """
     Load a model and its tokenizer. -> (GPT in eval mode, Tokenizer)
 
@@ -176,7 +159,7 @@ def load_gpt2(name_or_folder, *, revision="main", dtype=torch.float32, device="c
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        folder = fetch_from_hub(str(name_or_folder), revision)
+        folder = fetch_from_hub(str(name_or_folder))
     config = read_config(folder / "config.json")
     weights = {name.removeprefix("transformer."): w for name, w in read_weights(folder).items()}
     with named_errors(folder), torch.device("meta"):  # parameters without memory
@@ -190,11 +173,8 @@ def assign_weights(model, weights, folder):
     with named_errors(folder):
         parameters = {}
         for name, weight in weights.items():
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # causal masks, in the published files
-            if not weight.is_floating_point():
-                raise ValueError(f"{name} is quantized ({weight.dtype})")
-            parameters[name] = weight.t() if name.endswith(TRANSPOSED) else weight
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # published causal masks
+                parameters[name] = weight.t() if name.endswith(TRANSPOSED) else weight
         head = parameters.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, parameters["wte.weight"]):
             raise ValueError("lm_head.weight differs from wte.weight; here they are tied")
@@ -202,31 +182,28 @@ def assign_weights(model, weights, folder):
 
 
 def read_weights(folder):
-    """model.safetensors, or the shards listed in model.safetensors.index.json -> {name: tensor}"""
-    folder = Path(folder)
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        raise ValueError(f"{folder}: no model.safetensors (pickled *.bin files are not supported)")
-    weight_map = read_weight_map(index)
+    """All files with weights -> {name: tensor}"""
     tensors = {}
-    for shard in sorted(set(weight_map.values())):
-        shard_tensors = read_safetensors(folder / shard)
-        if shard_tensors.keys() != {name for name in weight_map if weight_map[name] == shard}:
-            raise ValueError(f"{folder / shard}: not the tensors that {index.name} lists")
-        tensors |= shard_tensors
+    for file_name in list_weight_files(folder):
+        tensors |= read_safetensors(Path(folder) / file_name)
     return tensors
 
 
-def read_weight_map(path):
-    """model.safetensors.index.json -> {name of a tensor: file name of its shard}"""
-    weight_map = read_json(path).get("weight_map")
-    with named_errors(path):
-        for shard in weight_map.values():
+def list_weight_files(folder):
+    """-> [model.safetensors], or the shards that model.safetensors.index.json lists"""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    if not index.exists():
+        raise ValueError(f"{folder}: no model.safetensors (pickled *.bin files are not supported)")
+    weight_map = read_json(index).get("weight_map")
+    with named_errors(index):
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):  # no paths to other folders
                 raise ValueError(f"{shard} is not the name of a shard")
-    return weight_map
+    return shards
 
 
 def read_json(path):
@@ -240,25 +217,21 @@ def read_json(path):
 def read_config(path):
     """config.json -> GPTConfig with dropout 0; sizes that it does not give are those of GPT-2"""
     content = read_json(path)
-    if content.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {content.get('model_type')}, not gpt2")
     with named_errors(path):
-        config = GPTConfig(**{SIZES[key]: content[key] for key in SIZES if key in content})
-        for key, value in (FIXED_SETTINGS | {"n_inner": 4 * config.n_embd}).items():
+        for key, value in FIXED_SETTINGS.items():
             if content.get(key) not in (None, value):
                 raise ValueError(f"{key}={content[key]} is not supported, only {value}")
-    return config
+        return GPTConfig(**{SIZES[key]: content[key] for key in SIZES if key in content})
 
 
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
     folder = Path(folder)
-    path = folder / "merges.txt"
-    if path.exists() or (folder / "vocab.json").exists():  # a folder that lacks one is damaged
-        vocab = read_json(folder / "vocab.json")
-        with named_errors(path):
-            merges = read_merges(path.read_text(encoding="utf-8"))
-        path = f"{path} with vocab.json"
+    merges_path, path = folder / "merges.txt", folder / "vocab.json"
+    if merges_path.exists() or path.exists():  # a folder that lacks one is damaged
+        vocab = read_json(path)
+        with named_errors(merges_path):
+            merges = read_merges(merges_path.read_text(encoding="utf-8"))
     elif (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         merges, vocab = read_tokenizer_json(path)
@@ -271,8 +244,7 @@ def read_tokenizer(folder, vocab_size):
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(set(ids)) < len(ids):
             raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
         # If merges are missing, their tokens must not pass as special ones
-        special = vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}
-        for name in special:
+        for name in vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}:
             if name[:1] + name[-1:] not in ("<>", "[]"):  # special tokens look like <pad>, [PAD]
                 raise ValueError(f"no merge makes the token {name}")
         return Tokenizer(merges, vocab)
@@ -284,21 +256,20 @@ def read_tokenizer_json(path):
     with named_errors(path):
         bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
         kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
-        normal = not pre_tokenizer["add_prefix_space"] and content["normalizer"] is None
-        if kind != ("BPE", "ByteLevel", True) or not normal:
+        changes_text = pre_tokenizer["add_prefix_space"] or content["normalizer"]
+        if kind != ("BPE", "ByteLevel", True) or changes_text:
             raise ValueError("not GPT-2's kind of tokenizer")
         merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
         return merges, bpe["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
 
 
-def save_gpt2(model, tokenizer, folder, *, dtype=torch.float32, chat_template=None):
+def save_gpt2(model, tokenizer, folder, *, chat_template=None):
     """
     Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`
-    open. dtype: of the weights in the file, float32, bfloat16 or float16.
+    open. The weights keep their dtype.
     """
-    weights = {f"transformer.{name}": w.to(dtype) for name, w in model.state_dict().items()}
-    config = hf_config(model.config, tokenizer, dtype)
-    save_folder(folder, weights, tokenizer, config, chat_template)
+    weights = {f"transformer.{name}": weight for name, weight in model.state_dict().items()}
+    save_folder(folder, weights, tokenizer, hf_config(model.config, tokenizer), chat_template)
 
 
 def save_folder(folder, weights, tokenizer, config, chat_template=None):
@@ -307,7 +278,6 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     weights: {name in transformers: tensor in nn.Linear's layout}. config: for config.json.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -318,18 +288,17 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     if chat_template:
         tokenizer_config["chat_template"] = chat_template
     part = folder / ".part"
-    part.mkdir(exist_ok=True)  # it exists if a save was killed
-    try:
-        write_safetensors(part / "model.safetensors", weights)
-        tokenizer.save(part)
-        write_json(part / "tokenizer_config.json", tokenizer_config)
-        write_json(part / "config.json", config)
-        for path in part.iterdir():
-            os.replace(path, folder / path.name)
-        for name in STALE_FILES:
-            (folder / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)  # it exists if a save was interrupted
+    write_safetensors(part / "model.safetensors", weights)
+    tokenizer.save(part)
+    write_json(part / "tokenizer_config.json", tokenizer_config)
+    write_json(part / "config.json", config)
+    for path in part.iterdir():
+        os.replace(path, folder / path.name)
+    part.rmdir()
+    # Left by another model, these would be read instead of what was written
+    for name in ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -337,103 +306,76 @@ def write_json(path, content):
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def hf_config(config, tokenizer, dtype=torch.float32):
+def hf_config(config, tokenizer):
     """GPTConfig -> content of config.json"""
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
         **{key: getattr(config, name) for key, name in SIZES.items()},
         "n_ctx": config.context_length,  # for llama.cpp's converter
         **FIXED_SETTINGS,
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot),
-        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
 # --------------------------------------------------------------------------------------------------
 # The Hugging Face hub, and the cache of Hugging Face's own tools:
-# models--OWNER--NAME/snapshots/COMMIT/FILE, with the commit of a branch in refs/BRANCH
-
-HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS}
-HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-# The weights in one file, or the list of their shards
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+# models--OWNER--NAME/snapshots/COMMIT/FILE, with the commit of the main branch in refs/main
 
 
-def find_in_cache(name, revision):
-    """-> the folder of a model in the cache, and whether it has weights"""
+def cache_folder(name):
+    """-> the folder of a model in the cache; it may not exist"""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-    for hub_name in (name, HUB_NAMES.get(name, name)):  # "gpt2" may be cached under either name
-        repository = cache / f"models--{hub_name.replace('/', '--')}"
-        ref = repository / "refs" / revision
-        # What is not a known branch is a commit, or a branch that is stored under its own name
-        commit = ref.read_text().strip() if ref.is_file() else quote(revision, safe="")
-        folder = repository / "snapshots" / commit
-        if any((folder / file_name).exists() for file_name in WEIGHTS_FILES):
-            return folder, True
-    return folder, False
+    repository = cache / f"models--{name.replace('/', '--')}"
+    ref = repository / "refs" / "main"
+    commit = ref.read_text().strip() if ref.is_file() else "main"
+    return repository / "snapshots" / commit
 
 
-def fetch_from_hub(name, revision):
+def fetch_from_hub(name):
     """Download what the cache lacks of a model. -> its folder in the cache"""
-    if name not in HUB_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        known = ", ".join(HUB_NAMES)
+    # OWNER/NAME; but if a folder OWNER exists, it is a path that does not
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+    if name not in GPT2_CONFIGS and (not is_hub_name or Path(name).parent.is_dir()):
+        known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
-    if "/" in name and Path(name).parent.is_dir():  # a path with a typo, not OWNER/NAME
-        raise ValueError(f"{name}: no such folder")
-    folder, has_weights = find_in_cache(name, revision)
+    folder = cache_folder(name)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        if not has_weights:
-            raise ValueError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set")
         return folder
-    # The name of the folder is the commit or the revision
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    url = f"{endpoint.rstrip('/')}/{HUB_NAMES.get(name, name)}/resolve/{folder.name}"
+    url = f"{endpoint.rstrip('/')}/{name}/resolve/{folder.name}"  # a commit, or main
     token = os.environ.get("HF_TOKEN", "").strip()
-    fetched = []
 
     def fetch(*file_names):
         """-> the first that is in the cache, or else the first that the hub has, or None"""
-        for file_name in file_names:
-            if (folder / file_name).exists():
-                return file_name
-        for file_name in file_names:
+        cached = [file_name for file_name in file_names if (folder / file_name).exists()]
+        for file_name in cached or file_names:
             try:
                 download(f"{url}/{file_name}", folder / file_name, token)
+                return file_name
             except requests.HTTPError as error:
                 if error.response.status_code != 404:
                     raise
-            else:
-                fetched.append(folder / file_name)
-                return file_name
         return None
 
     try:
         # Small files first: other models are refused before gigabytes are downloaded
-        if not fetch("config.json"):
-            raise ValueError(f"{name} is not a folder, and the hub has no config.json of it")
+        download(f"{url}/config.json", folder / "config.json", token)
+        config = read_config(folder / "config.json")
         if fetch("merges.txt", "tokenizer.json") == "merges.txt":
             fetch("vocab.json")
-        read_tokenizer(folder, read_config(folder / "config.json").vocab_size)
-        weights, index = WEIGHTS_FILES
-        if fetch(weights, index) == index:
-            for shard in sorted(set(read_weight_map(folder / index).values())):
-                fetch(shard)
-        read_weights(folder)  # only to check them
-        return folder
+        read_tokenizer(folder, config.vocab_size)
+        fetch("model.safetensors", "model.safetensors.index.json")
+        for file_name in list_weight_files(folder):
+            fetch(file_name)
     except requests.RequestException as error:
         raise ValueError(
             f"{name} is not a folder, and the hub did not provide it: {error}. Give a folder, set "
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
-    except ValueError:
-        for path in fetched:
-            if path.stat().st_size < 2**20:  # it may be a login page, or cut short
-                path.unlink()
-        raise
+    return folder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,68 +383,50 @@ def fetch_from_hub(name, revision):
 
 TIMEOUT = 20  # seconds without an answer, or without a byte
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt
-LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of five minutes
 
 
 def download(url, path, token=""):
     """
-    Download a file, unless it exists. While the network fails or the server is busy, it tries again
-    and goes on where it stopped, as does the next process. Length and, if the hub gives it, SHA-256
-    are checked. token: for the hub; it is not sent to other hosts.
+    Download a file, unless it exists. If the network fails or the server is busy, it tries again, a
+    few times, and goes on where it stopped, as does the next process. Length and, if the hub gives
+    it, SHA-256 are checked. token: for the hub; it is not sent to other hosts.
     Raises requests.RequestException, or ValueError for a wrong SHA-256.
     """
     path = Path(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+    lock_path = Path(f"{path}.lock")
     try:
-        with lock:
+        with FileLock(lock_path):  # processes that need the same file wait for the first
             complete(url, path, token)
     finally:
         with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
-            os.unlink(lock.lock_file)
+            lock_path.unlink()
 
 
 def complete(url, path, token):
-    """Repeat `fetch_rest`, with longer and longer waits, until the file is complete."""
-    part = Path(f"{path}.part")
-    waits = iter(WAITS)
-    largest = part.stat().st_size if part.exists() else 0
+    """Repeat `fetch_rest` until the file is complete."""
+    waits = list(WAITS)
     while not path.exists():  # another process may have completed it
         try:
-            fetch_rest(url, path, part, token)
+            fetch_rest(url, path, token)
         except requests.RequestException as error:
-            size = part.stat().st_size if part.exists() else 0
-            if size > largest:  # the attempt brought something
-                waits = iter(WAITS)
-                largest = size
-            wait = max(next(waits, math.inf), retry_after(error))
-            if wait > LONGEST_WAIT:
+            # No answer counts as an error of the server. 416: the part was too long, 429: busy
+            status = 500 if error.response is None else error.response.status_code
+            if not waits or (status < 500 and status not in (416, 429)):
                 raise
-            print_line(f"{error}; trying again in {wait} s", sys.stderr)
-            time.sleep(wait)
+            print_line(f"{error}; trying again in {waits[0]} s", sys.stderr)
+            time.sleep(waits.pop(0))
 
 
-def retry_after(error):
-    """-> the seconds that the server asks for, or 0; infinity for an error that would come again"""
-    if isinstance(error, ValueError):  # an invalid URL
-        return math.inf
-    if error.response is None:  # no answer
-        return 0
-    status = error.response.status_code
-    if status < 500 and status not in (416, 429):  # 416: the part was too long, 429: busy
-        return math.inf
-    seconds = error.response.headers.get("Retry-After", "")
-    return int(seconds) if seconds.isdecimal() else 0
-
-
-def fetch_rest(url, path, part, token):
+def fetch_rest(url, path, token):
     """
     One attempt: append what the part lacks, and rename it when it is complete. The ETag is the
     server's name for a version of the file. With If-Range, the server sends the rest of the same
     version, or else a whole file (RFC 9110, section 13.1.5).
     """
+    part = Path(f"{path}.part")
     etag_path = Path(f"{path}.etag")
     headers = {"Accept-Encoding": "identity"}  # or Content-Length would be that of compressed data
     if token:
@@ -513,46 +437,26 @@ def fetch_rest(url, path, part, token):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # the part is as long as the file, or longer
             part.unlink(missing_ok=True)
-        # The hub's own words, for the error of raise_for_status
-        response.reason = response.headers.get("X-Error-Message") or response.reason
         response.raise_for_status()
-        is_rest = response.status_code == 206
-        if not is_rest:
+        if response.status_code != 206:  # not the rest, but a whole file
             part.unlink(missing_ok=True)
             etag_path.write_text(response.headers.get("ETag", ""), encoding="utf-8")
-        with open(part, "ab" if is_rest else "wb") as file:
-            start = file.tell()
-            length = response.headers.get("Content-Length", "")
-            size = start + int(length) if length.isdecimal() else None
-            start_time = time.monotonic()
+        with open(part, "ab") as file:
+            size = file.tell() + float(response.headers.get("Content-Length", math.inf))  # bytes
             for block in response.iter_content(2**16):
                 file.write(block)
-                speed = (file.tell() - start) / (time.monotonic() - start_time + 1e-9)  # bytes/s
-                left = timedelta(seconds=round((size - file.tell()) / speed)) if size else "?"
-                progress = f"{file.tell() / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, {left} left"
-                show_progress(f"{path.name}: {progress}")
+                show_progress(f"{path.name}: {file.tell() / 1e6:.0f} of {size / 1e6:.0f} MB")
         show_progress("")
-        if size is not None and part.stat().st_size != size:
+        if size not in (part.stat().st_size, math.inf):
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
-        sha256 = hub_sha256(response)
-        if sha256:
-            with open(part, "rb") as file:
-                digest = hashlib.sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            if digest.hexdigest() != sha256:
-                part.unlink()
-                raise ValueError(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}")
+    for hop in response.history:
+        # When the hub redirects to its storage host, it gives the SHA-256 of a large file
+        sha256 = hop.headers.get("X-Linked-ETag", "").strip('"')
+        if len(sha256) == 64 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
+            part.unlink()
+            raise ValueError(f"{url}: the SHA-256 of the download is not {sha256}")
     os.replace(part, path)
     etag_path.unlink()
-
-
-def hub_sha256(response):
-    """The hub gives the SHA-256 of large files as their ETag, also when it redirects elsewhere."""
-    for hop in (response, *response.history):
-        if "X-Repo-Commit" in hop.headers or "X-Linked-ETag" in hop.headers:
-            etag = hop.headers.get("X-Linked-ETag") or hop.headers.get("ETag", "")
-            match = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', etag)
-            return match and match[1]
-    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -565,17 +469,14 @@ def encode_documents(text, tokenizer):
     Within a line, it is encoded as ordinary characters.
     """
     documents = re.split(r"^<\|endoftext\|>$\n?", text, flags=re.MULTILINE)
-    allowed = set()
     if text.count(END_OF_TEXT) == len(documents) - 1:  # none within a line: one call is faster
-        documents = [END_OF_TEXT.join(documents)]
-        allowed = {END_OF_TEXT}
-    # As `tokenizer.encode`, but without a Python object for each id
-    encode = tokenizer.encoding.encode_to_numpy
+        return tokenizer.encoding.encode_to_numpy(
+            END_OF_TEXT.join(documents), allowed_special={END_OF_TEXT}, disallowed_special=()
+        )
     ids = []
     for document in documents:
-        ids.append([tokenizer.eot])
-        ids.append(encode(document, allowed_special=allowed, disallowed_special=()))
-    return np.concatenate(ids[1:]).astype(np.uint32)
+        ids += [tokenizer.eot, *tokenizer.encode(document)]
+    return np.array(ids[1:], dtype=np.uint32)
 
 
 def default_device():
@@ -596,14 +497,12 @@ def usable_device(name):
 def fast_dtype(device):
     """bfloat16 if the device has hardware for it, else float32"""
     device_type = torch.device(device).type
+    has_bf16 = False
     if device_type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Private functions of PyTorch; without them, float32 is always right
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        has_bf16 = device_type == "cpu" and any(
-            getattr(torch.cpu, name, lambda: False)() for name in names
-        )
+    if device_type == "cpu":
+        # A private function of PyTorch; without it, float32 is always right
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -685,15 +584,14 @@ def evaluate_text(model, ids):
 def parse_arguments():
     parser = CommandLine(description="Complete a text, or measure how well a model predicts one.")
     add = parser.add_argument
-    names = ", ".join(HUB_NAMES)
+    names = ", ".join(GPT2_CONFIGS)
     add("model", help=f"a folder, such as out/stories, or {names}, or OWNER/NAME on the hub")
-    add("--prompt", default="\n", help="the text to complete; - reads standard input")
+    add("--prompt", default="\n", help="the text to complete")
     add("--max-new-tokens", type=int, default=200, help="tokens to generate")
     add("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
     add("--top-p", type=float, default=1.0, help="nucleus sampling: from the tokens that reach p")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--adapter", metavar="FOLDER", help="LoRA adapters for the model")
     add("--evaluate", metavar="FILE", help="instead: loss per token and perplexity of this text")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     dtype_help = "of the weights; auto: float32 for --evaluate, else what is fast on the device"
@@ -707,13 +605,7 @@ def main():
     dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    # Adapters are merged in float32
-    model, tokenizer = load_gpt2(args.model, dtype=torch.float32 if args.adapter else dtype)
-    if args.adapter:
-        from finetune import merge_adapter  # here, because finetune.py imports this file
-
-        model = merge_adapter(model, args.model, args.adapter)
-    model.to(args.device, dtype)
+    model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
     if args.evaluate:
         with named_errors(args.evaluate):
             text = Path(args.evaluate).read_text(encoding="utf-8-sig")
@@ -721,25 +613,19 @@ def main():
             if len(ids) < 2:
                 raise ValueError("a text of at least two tokens is needed")
         loss = evaluate_text(model, ids)
-        n, context_length = len(ids) - 1, model.config.context_length
         print_line(
-            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, over {n:,} tokens "
-            f"in windows of {context_length}"
+            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "
+            f"over {len(ids) - 1:,} tokens in windows of {model.config.context_length}"
         )
         return
-    prompt = args.prompt
-    if prompt == "-":
-        with named_errors("standard input"):
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
-    print(prompt, end="", flush=True)
+    print(args.prompt, end="", flush=True)
     start_time = time.perf_counter()
-    n_pieces = 0
-    for piece in stream_text(model, tokenizer, prompt, args.max_new_tokens, **sampling):
-        n_pieces += 1
+    n_tokens = -1  # the last piece is not a token, but the end
+    for piece in stream_text(model, tokenizer, args.prompt, args.max_new_tokens, **sampling):
+        n_tokens += 1
         print(piece, end="", flush=True)
-    n_tokens = n_pieces - 1  # the last piece is the end
     speed = n_tokens / (time.perf_counter() - start_time)
     print()
     print(f"\n{n_tokens} tokens, {speed:.1f} tokens/s", file=sys.stderr)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from conftest import run_main
 
 import finetune as finetune_py
-import load_gpt2 as load_gpt2_py
 from finetune import (
     ClassificationDataset,
     GPTClassifier,
@@ -769,28 +768,13 @@ def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions)
         assert is_error(code, error) and message in error  # no prompt fits; more than the base has
 
 
-def test_an_adapter_completes_texts_as_the_merged_model(
-    monkeypatch, capsys, tmp_path, instructions
-):
+def test_the_model_beside_an_adapter_contains_it(monkeypatch, capsys, tmp_path, instructions):
     base, out = long_base(tmp_path / "base"), tmp_path / "out"
     args = ["--data", instructions, *QUICK, "--init", base, "--out", out, "--lora-rank", 2]
-    args += ["--learning-rate", 0.1, "--max-new-tokens", 2]
-    code, _, error = run(monkeypatch, capsys, "instruct", *args)
+    code, _, error = run(monkeypatch, capsys, "instruct", *args, "--max-new-tokens", 2)
     assert code == 0, error
-    options = ["--prompt", "Say 3.", "--temperature", 0, "--max-new-tokens", 20]
-
-    def complete(*args):
-        code, output, error = run_main(load_gpt2_py, monkeypatch, capsys, *args, *options)
-        assert code == 0, error
-        return output
-
-    text = complete(base, "--adapter", out / "adapter")
-    assert text == complete(out) != complete(base)
-    # The model beside the adapter contains it already
-    for script, command in ((load_gpt2_py, []), (finetune_py, ["chat"])):
-        args = [*command, out, "--adapter", out / "adapter"]
-        code, _, error = run_main(script, monkeypatch, capsys, *args)
-        assert is_error(code, error) and "already contain" in error
+    code, _, error = run(monkeypatch, capsys, "chat", out, "--adapter", out / "adapter")
+    assert is_error(code, error) and "already contain" in error
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", 2, "--lora-dropout", 0]])

@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import multiprocessing
@@ -286,15 +285,13 @@ def test_load_save_load_is_the_identity(tmp_path):
 
 
 def test_config_json_says_what_was_computed(tmp_path):
-    model, tokenizer = load(TINY)
-    save_gpt2(model, tokenizer, tmp_path, dtype=torch.bfloat16)
+    save_gpt2(*load(TINY), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     theirs = json.loads((TINY / "config.json").read_text("utf-8"))
     for key in ("model_type", "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
         assert config[key] == theirs[key]
     for key in ("activation_function", "layer_norm_epsilon", "bos_token_id", "eos_token_id"):
         assert config[key] == theirs[key]
-    assert config["torch_dtype"] == "bfloat16"
 
 
 def test_dtype_and_mode():
@@ -372,11 +369,16 @@ def test_an_error_while_saving_leaves_the_old_files(monkeypatch, tmp_path):
 
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model, tokenizer = load(TINY)
-    monkeypatch.setattr(Tokenizer, "save", fail)
-    with pytest.raises(KeyboardInterrupt):
-        save_gpt2(model, tokenizer, tmp_path, dtype=torch.bfloat16)
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model, tokenizer = load(TINY, dtype=torch.bfloat16)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tokenizer, "save", fail)
+        save_gpt2(model, tokenizer, tmp_path)
+    files = [path for path in tmp_path.iterdir() if path.name != ".part"]
+    assert before == {path.name: path.read_bytes() for path in files}
+    # The next save uses the folder of new files, and removes it
+    save_gpt2(model, tokenizer, tmp_path)
+    assert not (tmp_path / ".part").exists()
+    assert same_weights(load(tmp_path, dtype=None)[0], model)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -403,8 +405,8 @@ def test_readers_of_a_folder_take_str_or_path(tmp_path, kind):
     assert load_gpt2.read_tokenizer(kind(tmp_path), 320).eot == 319
     assert "transformer.wte.weight" in load_gpt2.read_weights(kind(tmp_path))
     shard(tmp_path)
-    index = kind(tmp_path / "model.safetensors.index.json")
-    assert "transformer.wte.weight" in load_gpt2.read_weight_map(index)
+    assert len(load_gpt2.list_weight_files(kind(tmp_path))) == 2
+    assert "transformer.wte.weight" in load_gpt2.read_weights(kind(tmp_path))
 
 
 def test_original_names_mask_buffers_and_head(tmp_path):
@@ -480,19 +482,13 @@ def test_damaged_index(tmp_path, index):
         load(tmp_path)
 
 
-def test_shards_hold_what_the_index_says(tmp_path):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    shard(tmp_path, **{"transformer.wte.weight": "model-00001-of-00002.safetensors"})
-    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors: not the tensors"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_round_trip_in_every_dtype(tmp_path, dtype, sharded):
     model, tokenizer = load(TINY)
+    converted = load(TINY, dtype=dtype)[0]
     for folder in ("a", "b"):
-        save_gpt2(model, tokenizer, tmp_path / folder, dtype=dtype)
+        save_gpt2(converted, tokenizer, tmp_path / folder)
     files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("a", "b")]
     assert files[0] == files[1]
     if sharded:
@@ -504,7 +500,7 @@ def test_round_trip_in_every_dtype(tmp_path, dtype, sharded):
         assert torch.equal(as_in_file.get_parameter(name), weight.to(dtype))
         assert loaded.get_parameter(name).dtype == torch.float32
         assert torch.equal(loaded.get_parameter(name), weight.to(dtype).float())
-    save_gpt2(as_in_file, tokenizer, tmp_path / "c", dtype=dtype)
+    save_gpt2(as_in_file, tokenizer, tmp_path / "c")
     assert (tmp_path / "c" / "model.safetensors").read_bytes() == files[0]
 
 
@@ -695,7 +691,7 @@ def small_table(folder):
         (write("config.json", "[" * 100_000), "config.json: "),
         (write("config.json", "{"), "config.json: "),
         (write("config.json", "[]"), "config.json: not a JSON object"),
-        (config(model_type="llama"), "config.json: model_type is llama"),
+        (config(model_type="llama"), "config.json: model_type=llama is not supported"),
         (config(n_embd=[24]), "config.json: "),
         (config(n_layer="two"), "config.json: "),
         (config(n_head=5), "n_embd=24 is not divisible by n_head=5"),
@@ -713,14 +709,14 @@ def small_table(folder):
         (config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
         (config(reorder_and_upcast_attn=True), "reorder_and_upcast_attn=True"),
         (config(add_cross_attention=True), "add_cross_attention=True"),
-        (config(n_inner=100), "n_inner=100"),
+        (weights(**{"h.0.mlp.c_fc.weight": torch.zeros(24, 100)}), "h.0.mlp.c_fc.weight"),
         (other_head, "lm_head.weight differs from wte.weight"),
         (weights(**{"ln_f.bias": None}), "ln_f.bias"),
         (weights(**{"wte.weight": None}), "wte.weight"),
         (weights(**{"more.weight": torch.zeros(2)}), "more.weight"),
         (weights(**{"h.0.mlp.c_fc.weight": torch.zeros(1, 24, 96)}), "damaged"),
         (weights(**{"h.0.mlp.c_fc.weight": torch.zeros(96, 24)}), "h.0.mlp.c_fc.weight"),
-        (weights(**{"wte.weight": torch.zeros(320, 24, dtype=torch.int8)}), "quantized"),
+        (weights(**{"wte.weight": torch.zeros(320, 24, dtype=torch.int8)}), "floating point"),
         (cut_short, "model.safetensors: "),
     ],
 )
@@ -780,28 +776,6 @@ def test_default_dtype_works(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, TINY, "--prompt", "The old", "--max-new-tokens", 3)
     assert code == 0
     assert out.startswith("The old")
-
-
-def give_input(monkeypatch, content):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-
-
-@pytest.mark.parametrize(
-    "given, prompt", [(b"The old", "The old"), ("naïve\r\n\n".encode(), "naïve\r\n"), (b"", "")]
-)
-def test_prompt_from_standard_input(monkeypatch, capsys, given, prompt):
-    give_input(monkeypatch, given)
-    out = complete(monkeypatch, capsys, TINY, "--prompt", "-")
-    assert out.startswith(prompt)
-    assert out == complete(monkeypatch, capsys, TINY, "--prompt", prompt)
-
-
-def test_standard_input_that_is_not_utf8(monkeypatch, capsys):
-    give_input(monkeypatch, b"\xff\xfe")
-    code, _, error = run(monkeypatch, capsys, TINY, "--prompt", "-")
-    assert code == 1
-    assert error.startswith("error: standard input: ")
-    assert error.count("\n") == 1
 
 
 def test_evaluate(monkeypatch, capsys, tmp_path):
@@ -1004,8 +978,7 @@ def test_damaged_lets_errors_of_the_system_through():
 
 def test_fast_dtype_needs_no_private_function(monkeypatch):
     assert load_gpt2.fast_dtype("cpu") in (torch.float32, torch.bfloat16)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert load_gpt2.fast_dtype("cpu") == torch.float32
 
 

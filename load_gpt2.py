@@ -185,7 +185,10 @@ def read_weights(folder):
     """All files with weights -> {name: tensor}"""
     tensors = {}
     for file_name in list_weight_files(folder):
-        tensors |= read_safetensors(Path(folder) / file_name)
+        shard = read_safetensors(Path(folder) / file_name)
+        if shard.keys() & tensors.keys():
+            raise ValueError(f"{folder}/{file_name}: its tensors are in other shards too")
+        tensors |= shard
     return tensors
 
 
@@ -232,6 +235,7 @@ def read_tokenizer(folder, vocab_size):
         vocab = read_json(path)
         with named_errors(merges_path):
             merges = read_merges(merges_path.read_text(encoding="utf-8"))
+        path = f"{merges_path} with vocab.json"
     elif (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         merges, vocab = read_tokenizer_json(path)
@@ -323,6 +327,10 @@ def hf_config(config, tokenizer):
 # models--OWNER--NAME/snapshots/COMMIT/FILE, with the commit of the main branch in refs/main
 
 
+HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS}
+HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
+
+
 def cache_folder(name):
     """-> the folder of a model in the cache; it may not exist"""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -342,11 +350,15 @@ def fetch_from_hub(name):
         known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
     folder = cache_folder(name)
+    if not folder.exists():
+        name = HUB_NAMES.get(name, name)
+        folder = cache_folder(name)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return folder
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{name}/resolve/{folder.name}"  # a commit, or main
     token = os.environ.get("HF_TOKEN", "").strip()
+    fetched = []
 
     def fetch(*file_names):
         """-> the first that is in the cache, or else the first that the hub has, or None"""
@@ -354,6 +366,8 @@ def fetch_from_hub(name):
         for file_name in cached or file_names:
             try:
                 download(f"{url}/{file_name}", folder / file_name, token)
+                if not cached:
+                    fetched.append(folder / file_name)
                 return file_name
             except requests.HTTPError as error:
                 if error.response.status_code != 404:
@@ -362,7 +376,8 @@ def fetch_from_hub(name):
 
     try:
         # Small files first: other models are refused before gigabytes are downloaded
-        download(f"{url}/config.json", folder / "config.json", token)
+        if not fetch("config.json"):
+            raise ValueError(f"{name} is not a folder, and the hub has no config.json of it")
         config = read_config(folder / "config.json")
         if fetch("merges.txt", "tokenizer.json") == "merges.txt":
             fetch("vocab.json")
@@ -370,11 +385,17 @@ def fetch_from_hub(name):
         fetch("model.safetensors", "model.safetensors.index.json")
         for file_name in list_weight_files(folder):
             fetch(file_name)
+        read_weights(folder)  # only to check them
     except requests.RequestException as error:
         raise ValueError(
             f"{name} is not a folder, and the hub did not provide it: {error}. Give a folder, set "
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
+    except ValueError:
+        for path in fetched:
+            if path.stat().st_size < 2**20:  # it may be a login page, or cut short
+                path.unlink()
+        raise
     return folder
 
 
@@ -383,6 +404,7 @@ def fetch_from_hub(name):
 
 TIMEOUT = 20  # seconds without an answer, or without a byte
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt
+LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of five minutes
 
 
 def download(url, path, token=""):
@@ -406,18 +428,32 @@ def download(url, path, token=""):
 
 
 def complete(url, path, token):
-    """Repeat `fetch_rest` until the file is complete."""
-    waits = list(WAITS)
+    """Repeat `fetch_rest` until the file is complete, or until it brings nothing any more."""
+    part = Path(f"{path}.part")
+    largest = part.stat().st_size if part.exists() else 0
+    waits = iter(WAITS)
     while not path.exists():  # another process may have completed it
         try:
             fetch_rest(url, path, token)
         except requests.RequestException as error:
-            # No answer counts as an error of the server. 416: the part was too long, 429: busy
-            status = 500 if error.response is None else error.response.status_code
-            if not waits or (status < 500 and status not in (416, 429)):
+            size = part.stat().st_size if part.exists() else 0
+            if size > largest:
+                waits = iter(WAITS)
+                largest = size
+            wait = next(waits, math.inf)
+            if error.response is not None:
+                status = error.response.status_code
+                if status < 500 and status not in (
+                    416,
+                    429,
+                ):  # 416: the part is too long; 429: busy
+                    raise
+                seconds = error.response.headers.get("Retry-After", "")
+                wait = max(wait, int(seconds) if seconds.isdecimal() else 0)
+            if wait > LONGEST_WAIT:
                 raise
-            print_line(f"{error}; trying again in {waits[0]} s", sys.stderr)
-            time.sleep(waits.pop(0))
+            print_line(f"{error}; trying again in {wait} s", sys.stderr)
+            time.sleep(wait)
 
 
 def fetch_rest(url, path, token):
@@ -437,15 +473,22 @@ def fetch_rest(url, path, token):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # the part is as long as the file, or longer
             part.unlink(missing_ok=True)
+        # The hub's own words, for the error of raise_for_status
+        response.reason = response.headers.get("X-Error-Message") or response.reason
         response.raise_for_status()
         if response.status_code != 206:  # not the rest, but a whole file
             part.unlink(missing_ok=True)
             etag_path.write_text(response.headers.get("ETag", ""), encoding="utf-8")
         with open(part, "ab") as file:
-            size = file.tell() + float(response.headers.get("Content-Length", math.inf))  # bytes
+            start = file.tell()
+            size = start + float(response.headers.get("Content-Length", math.inf))  # bytes
+            start_time = time.monotonic()
             for block in response.iter_content(2**16):
                 file.write(block)
-                show_progress(f"{path.name}: {file.tell() / 1e6:.0f} of {size / 1e6:.0f} MB")
+                speed = (file.tell() - start) / (time.monotonic() - start_time + 1e-9)  # bytes/s
+                left = (size - file.tell()) / speed  # seconds
+                done = f"{file.tell() / 1e6:.0f} of {size / 1e6:.0f} MB"
+                show_progress(f"{path.name}: {done}, {speed / 1e6:.1f} MB/s, {left:.0f} s left")
         show_progress("")
         if size not in (part.stat().st_size, math.inf):
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
@@ -592,6 +635,7 @@ def parse_arguments():
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
     add("--top-p", type=float, default=1.0, help="nucleus sampling: from the tokens that reach p")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--adapter", metavar="FOLDER", help="LoRA adapters for the model")
     add("--evaluate", metavar="FILE", help="instead: loss per token and perplexity of this text")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     dtype_help = "of the weights; auto: float32 for --evaluate, else what is fast on the device"
@@ -605,7 +649,13 @@ def main():
     dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    model, tokenizer = load_gpt2(args.model, dtype=dtype, device=args.device)
+    # Adapters are merged in float32
+    model, tokenizer = load_gpt2(args.model, dtype=torch.float32 if args.adapter else dtype)
+    if args.adapter:
+        from finetune import merge_adapter  # here, because finetune.py imports this file
+
+        model = merge_adapter(model, args.model, args.adapter)
+    model.to(args.device, dtype)
     if args.evaluate:
         with named_errors(args.evaluate):
             text = Path(args.evaluate).read_text(encoding="utf-8-sig")

@@ -109,8 +109,7 @@ def save_classifier(model, tokenizer, classes, folder):
 
 def load_classifier(folder):
     """A folder written by `save_classifier` -> (GPTClassifier in eval mode, Tokenizer, classes)"""
-    folder = Path(folder)
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     config = load_gpt2.read_config(path)
     labels = read_json(path).get("id2label")
     with named_errors(path):

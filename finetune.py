@@ -13,8 +13,6 @@ training all of it, the last block, or LoRA adapters.
 
 import copy
 import csv
-import functools
-import io
 import json
 import math
 import os
@@ -46,7 +44,6 @@ from train import (
     option,
     print_on_rank_0,
     process_rank,
-    shuffled_rows,
     start_processes,
     train,
 )
@@ -111,8 +108,7 @@ def save_classifier(model, tokenizer, classes, folder):
 
 def load_classifier(folder):
     """A folder written by `save_classifier` -> (GPTClassifier in eval mode, Tokenizer, classes)"""
-    folder = Path(folder)
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     config = load_gpt2.read_config(path)
     labels = read_json(path).get("id2label")
     with named_errors(path):
@@ -126,9 +122,10 @@ def load_classifier(folder):
 
 
 @torch.no_grad()
-def predict_all(model, loader):
-    """-> logits (n_rows, n_classes) and labels (n_rows,) of all batches, on the CPU"""
+def predict_all(model, dataset):
+    """-> logits (n_rows, n_classes) and labels (n_rows,), on the CPU"""
     device = model.score.weight.device
+    loader = create_dataloader(dataset, 32, collate_fn=collate_texts)
     with eval_mode(model):
         batches = [(model(ids.to(device), n.to(device)).cpu(), labels) for ids, n, labels in loader]
     logits, labels = zip(*batches)
@@ -167,8 +164,8 @@ CHAT_TEMPLATE = (
 class InstructionDataset(list):
     """
     Entries {instruction, input, output} -> (ids, targets), (T,) each, of prompt, response and
-    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end (n_truncated
-    counts them); those without room for a response are left out. `entries` are the kept ones.
+    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end, or are left
+    out if there is no room for a response; n_truncated counts both. `entries` are the kept ones.
     """
 
     def __init__(self, entries, tokenizer, context_length):
@@ -177,9 +174,9 @@ class InstructionDataset(list):
         for entry in entries:
             prompt = tokenizer.encode(format_prompt(entry))
             ids = prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot]
+            self.n_truncated += len(ids) > context_length + 1
             if len(prompt) > context_length:
                 continue
-            self.n_truncated += len(ids) > context_length + 1
             ids = torch.tensor(ids[: context_length + 1])
             targets = ids[1:].clone()
             # The target of the last prompt token is the first token of the response
@@ -197,23 +194,16 @@ def collate_instructions(batch):
 
 def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
     """Greedy responses to entries. A response ends at the latest where the context does."""
-    context_length = model.config.context_length
-    prompts = [tokenizer.encode(format_prompt(entry)) for entry in entries]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses = [""] * len(prompts)
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
+    responses = []
+    for start in range(0, len(entries), batch_size):
+        batch = entries[start : start + batch_size]
+        prompts = [tokenizer.encode(format_prompt(entry)) for entry in batch]
         # The last new token is not read again, so it needs no place in the context. A row with less
         # room than others goes on in a context that is cut; ids[:n] drops that.
-        room = [context_length + 1 - len(prompts[i]) for i in rows]
-        new_ids = model.generate(
-            [prompts[i] for i in rows],
-            min(max_new_tokens, max(room)),
-            temperature=0,
-            eos_id=tokenizer.eot,
-        )
-        for i, ids, n in zip(rows, new_ids, room):
-            responses[i] = tokenizer.decode(ids[:n]).strip()
+        room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
+        n_new = min(max_new_tokens, max(room))
+        new_ids = model.generate(prompts, n_new, temperature=0, eos_id=tokenizer.eot)
+        responses += [tokenizer.decode(ids[:n]).strip() for ids, n in zip(new_ids, room)]
     return responses
 
 
@@ -225,25 +215,23 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc")
 
 
-class LoRALinear(nn.Linear):
-    """A frozen nn.Linear with a trained low-rank adapter. Its weight and bias keep their names."""
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with a trained low-rank adapter"""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight = linear.weight
-        self.bias = linear.bias
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **like)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **like)
+        super().__init__()
+        self.linear = linear
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, **like)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, **like)
         # The adapter starts as 0; A is random, so that B has a gradient
         nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(dropout)
-        self.rank = rank
         self.alpha = alpha
         self.scale = alpha / rank  # the same learning rate suits every rank
 
     def forward(self, x):
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+        return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
 
 
 def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
@@ -270,20 +258,14 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
 def merge_lora(model):
     """Add the adapters to their matrices, in place. The result is an ordinary model."""
     for name, lora in lora_layers(model).items():
-        linear = nn.Linear(lora.in_features, lora.out_features, device="meta")
-        delta = lora.scale * lora.lora_B.weight @ lora.lora_A.weight
-        linear.weight = nn.Parameter(lora.weight + delta)
-        linear.bias = lora.bias
-        model.set_submodule(name, linear)
+        lora.linear.weight += lora.scale * lora.lora_B.weight @ lora.lora_A.weight
+        model.set_submodule(name, lora.linear)
     return model
 
 
 def lora_layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
-
-# Names in PEFT's files begin with those of its wrappers: base_model.model.transformer.h.0...
-PEFT_PREFIX = "base_model.model."
 
 # What PEFT's adapter_config.json may hold besides r, lora_alpha and lora_dropout: keys that do not
 # change what is computed (the names of the tensors say which layers have adapters), and values that
@@ -301,6 +283,16 @@ PEFT_ALLOWED = {
 }
 
 
+def peft_names(model):
+    """-> {name in PEFT's files: name here} of the adapters, and of the head of a classifier"""
+    # PEFT's names begin with those of its wrappers: base_model.model.transformer.h.0...
+    prefix = "base_model.model."
+    if not isinstance(model, GPTClassifier):
+        prefix += "transformer."
+    names = [name for name in model.state_dict() if ".lora_" in name or name == "score.weight"]
+    return {prefix + name: name for name in names}
+
+
 def save_lora(model, folder, base, classes=None):
     """
     Write the adapters, and the head of a classifier, for `peft.PeftModel.from_pretrained`.
@@ -309,16 +301,13 @@ def save_lora(model, folder, base, classes=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     is_classifier = isinstance(model, GPTClassifier)
-    prefix = PEFT_PREFIX if is_classifier else f"{PEFT_PREFIX}transformer."
-    tensors = model.state_dict().items()
-    tensors = {name: t for name, t in tensors if ".lora_" in name or name == "score.weight"}
     layers = lora_layers(model)
     lora = next(iter(layers.values()))  # all have the same settings
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "r": lora.rank,
+        "r": lora.lora_A.out_features,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.lora_dropout.p,
         "target_modules": list(layers),
@@ -327,7 +316,8 @@ def save_lora(model, folder, base, classes=None):
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    state = model.state_dict()
+    tensors = {peft_name: state[name] for peft_name, name in peft_names(model).items()}
     load_gpt2.write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
     if classes:
@@ -350,16 +340,17 @@ def load_lora(model, folder):
     path = Path(folder) / "adapter_model.safetensors"
     tensors = load_gpt2.read_safetensors(path)
     with named_errors(path):
-        prefix = PEFT_PREFIX if isinstance(model, GPTClassifier) else f"{PEFT_PREFIX}transformer."
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        suffix = ".lora_A.weight"
-        add_lora(model, *settings, [n.removesuffix(suffix) for n in tensors if n.endswith(suffix)])
-        if not lora_layers(model):
+        # base_model.model.transformer.h.0.attn.c_attn.lora_A.weight -> h.0.attn.c_attn
+        pattern = r"base_model\.model\.(?:transformer\.)?(.*)\.lora_A\.weight"
+        layers = [match[1] for match in (re.fullmatch(pattern, name) for name in tensors) if match]
+        if not layers:
             raise ValueError("no adapters in it")
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        misfits = unexpected + [n for n in missing if ".lora_" in n or n == "score.weight"]
+        add_lora(model, *settings, layers)
+        names = peft_names(model)
+        misfits = names.keys() ^ tensors.keys()
         if misfits:
-            raise ValueError(f"{misfits[0]} is missing, or has no place in the model")
+            raise ValueError(f"{min(misfits)} is missing, or has no place in the model")
+        model.load_state_dict({names[name]: t for name, t in tensors.items()}, strict=False)
     return model
 
 
@@ -370,83 +361,68 @@ def load_lora(model, folder):
 def read_rows(source, folder, columns, optional=()):
     """
     A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json: a list of objects;
-    .jsonl: an object in each line; .csv: with a header; any other name: columns separated by tabs,
-    which are label and text if there is no header.
-    Raises ValueError with the number of the row for a value that is missing or not a text or
-    integer, or that is empty in a column that is not optional.
+    .jsonl: an object in each line; .csv: with a header; any other name: separated by tabs, with a
+    header, or else label and text. Raises ValueError with the number of the row for a value that is
+    neither text nor integer, or empty and not optional.
     """
     path, *more = find_files([source], Path(folder))
     if more:
         raise ValueError(f"{source}: one file is needed, not {1 + len(more)}")
-    with named_errors(path):
-        text = path.read_text(encoding="utf-8-sig")
+    with open(path, encoding="utf-8-sig", newline="") as file, named_errors(path):
         if path.suffix == ".json":
-            rows = json.loads(text)
+            rows = json.load(file)
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [json.loads(line) for line in file if line.strip()]
         elif path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            rows = list(csv.DictReader(file, strict=True))
         else:
-            header = text.partition("\n")[0].rstrip("\r").split("\t")
+            header = file.readline().rstrip("\r\n").split("\t")
             names = None if set(columns) & set(header) else ("label", "text")
-            lines = io.StringIO(text, newline="")
-            rows = list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
+            file.seek(0)
+            rows = list(csv.DictReader(file, names, delimiter="\t", quoting=csv.QUOTE_NONE))
         if not isinstance(rows, list) or not rows:
             raise ValueError("no rows")
+        result = []
         for i, row in enumerate(rows, 1):
             if not isinstance(row, dict) or None in row:
                 raise ValueError(f"row {i} does not have the columns of the others")
-            for column in columns:
-                value = row.get(column)
-                is_text = isinstance(value, (str, int)) and str(value).strip()
-                if not is_text and not (column in optional and value in (None, "")):
+            values = {c: "" if row.get(c) is None else row[c] for c in columns}
+            for column, value in values.items():
+                is_text = isinstance(value, (str, int))
+                if not is_text or not (str(value).strip() or column in optional):
                     raise ValueError(f"row {i}: {column} is {value!r:.50}")
-        rows = [{c: "" if row.get(c) is None else str(row[c]) for c in columns} for row in rows]
-        # JSON can hold half characters (lone surrogates), which no file can
-        return [{c: text.encode(errors="replace").decode() for c, text in r.items()} for r in rows]
-
-
-def split_rows(rows, seed, n_val, n_test, key=lambda row: 0):
-    """
-    -> training, validation and test: of every 20 rows, n_val are for validation and n_test for the
-    test. Rows with the same key are spread evenly (a stratified split).
-    """
-    rng = random.Random(seed)
-    rows = rng.sample(rows, len(rows))
-    rows.sort(key=key)  # is stable: rows with the same key stay shuffled
-    parts = [], [], []
-    for i, row in enumerate(rows):
-        # 7 and 20 share no factor: 20 rows take each place once, and a few rows reach all parts
-        place = 7 * i % 20
-        parts[1 if place < n_val else 2 if place < n_val + n_test else 0].append(row)
-    for part in parts:
-        rng.shuffle(part)
-    if not all(parts):
-        raise ValueError(f"{len(rows)} rows are too few for training, validation and test")
-    return parts
-
-
-def order_by_length(lengths, batch_size, seed):
-    """
-    For `shuffled_rows`: a function, epoch -> the rows in random order, but each batch of rows with
-    similar lengths. On short messages, this saves a third of the tokens, which would be padding.
-    """
-    n_rows = len(lengths)
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        rng = np.random.default_rng([seed, epoch])
-        # Lengths change by up to a fifth, so that the same rows do not meet in every epoch
-        by_length = np.argsort(lengths * rng.uniform(1, 1.2, n_rows))
-        # Batches do not end with an epoch: the first rows complete the last batch of the one before
-        first = -epoch * n_rows % batch_size
-        starts = range(first, n_rows - batch_size + 1, batch_size)
-        result = by_length.copy()  # and now the other batches in random order
-        for here, there in zip(starts, rng.permutation(starts)):
-            result[here : here + batch_size] = by_length[there : there + batch_size]
+            # JSON can hold half characters (lone surrogates), which no file can
+            result.append({c: str(v).encode(errors="replace").decode() for c, v in values.items()})
         return result
 
-    return order
+
+def split_rows(rows, seed, key=None):
+    """
+    -> 80 % of the rows for training, 10 % for validation and 10 % for the test, at random; rows
+    with the same key are spread evenly (a stratified split).
+    """
+    rows = random.Random(seed).sample(rows, len(rows))
+    if key:
+        rows.sort(key=key)  # is stable: rows with the same key stay shuffled
+    training = [row for i, row in enumerate(rows) if i % 5]
+    return training, rows[0::10], rows[5::10]
+
+
+def batches_by_length(lengths, batch_size, n_epochs, seed):
+    """
+    -> batches, each an array of rows. They come in random order, but the rows of a batch have
+    similar lengths: on short messages, this saves a third of the tokens, which would be padding.
+    Rows that do not fill a batch are left out, other ones in each epoch.
+    """
+    rng = np.random.default_rng(seed)
+    n_full = len(lengths) // batch_size * batch_size
+    batches = []
+    for _ in range(n_epochs):
+        rows = rng.permutation(len(lengths))[:n_full]
+        # Lengths change by up to a fifth, so that the same rows do not meet in every epoch
+        rows = rows[np.argsort(lengths[rows] * rng.uniform(1, 1.2, n_full))]
+        batches += list(rng.permutation(rows.reshape(-1, batch_size)))
+    return batches
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,18 +432,15 @@ def order_by_length(lengths, batch_size, seed):
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     steps: int | None = option(None, "instead of --epochs")
-    learning_rate: float | None = option(
-        None, "peak (default: small models 2e-3, LoRA 1e-3, else 5e-5)"
-    )
+    learning_rate: float | None = option(None, "peak (default: 5e-5; LoRA 1e-3; small model 2e-3)")
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(4.0, "how often each row is seen")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
     context_length: int | None = option(None, "cut rows to this length (default: the model's)")
-    dropout: float | None = option(None, "default: 0.15 for small models, else 0.1")
+    dropout: float | None = option(None, "also before adapters (default: 0.1; small model 0.15)")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
-    lora_dropout: float = option(0.05, "dropout before the adapters")
-    lora_targets: list | None = option(None, f"layers with adapters (default: {LORA_TARGETS})")
+    lora_targets: list = option(LORA_TARGETS, "layers with adapters")
 
     # Data may move, as its content is compared; epochs only set the number of steps
     may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
@@ -476,67 +449,65 @@ class FinetuneConfig(TrainConfig):
 def load_base(config):
     """-> the model to be tuned, its tokenizer, the config with defaults that depend on the model"""
     if config.init == FinetuneConfig.init and not Path(config.init).exists():
-        raise ValueError(
-            f"{config.init} does not exist: make it with `python train.py`, or use --init"
-        )
+        raise ValueError(f"{config.init} is missing: run `python train.py`, or use --init")
     base, tokenizer = load_gpt2.load_gpt2(config.init)
     # A small model has more to learn: a higher learning rate, and more dropout
-    if config.dropout is None:
-        config = replace(config, dropout=0.15 if is_small(base.config) else 0.1)
-    if config.learning_rate is None:
-        rate = 2e-3 if is_small(base.config) else 1e-3 if config.lora_rank else 5e-5
-        config = replace(config, learning_rate=rate)
-    context_length = base.config.context_length
-    if config.context_length is None:
-        config = replace(config, context_length=context_length)
-    if not 0 < config.context_length <= context_length:
-        raise ValueError(f"--context-length must be 1 to {context_length}, that of {config.init}")
+    small = is_small(base.config)
+    defaults = {
+        "dropout": 0.15 if small else 0.1,
+        "learning_rate": 2e-3 if small else 1e-3 if config.lora_rank else 5e-5,
+        "context_length": base.config.context_length,
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = replace(config, **missing)
+    if config.context_length > base.config.context_length:
+        raise ValueError(f"{config.init} has a --context-length of {base.config.context_length}")
     torch.manual_seed(config.seed)
-    sizes = {"dropout": config.dropout, "context_length": config.context_length}
-    model = GPT(replace(base.config, **sizes))
+    model = GPT(replace(base.config, dropout=config.dropout, context_length=config.context_length))
     weights = base.state_dict()
     weights["wpe.weight"] = weights["wpe.weight"][: config.context_length]
     model.load_state_dict(weights)
     if config.lora_rank:
-        alpha, dropout = config.lora_alpha, config.lora_dropout
-        add_lora(model, config.lora_rank, alpha, dropout, config.lora_targets or LORA_TARGETS)
+        add_lora(model, config.lora_rank, config.lora_alpha, config.dropout, config.lora_targets)
     return model, tokenizer, config
 
 
-def sorted_loader(rows, batch_size, collate_fn):
-    """A loader of all rows for evaluation, short ones first, which saves padding"""
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    return create_dataloader(rows, batch_size, collate_fn=collate_fn)
-
-
-def finetune(config, model, datasets, collate_fn, content, *, save, report):
-    """Train on datasets (training, validation). save(model) gets the model with merged adapters."""
-    training, validation = datasets
-    steps_per_epoch = len(training) / config.batch_size
+def finetune(config, model, datasets, collate_fn, content, *, save, report, classes=None):
+    """Train. datasets: for training, validation, test. save(model) gets it with merged adapters."""
+    training, validation, test = datasets
+    n_truncated = sum(dataset.n_truncated for dataset in datasets)
+    sizes = (
+        f"{len(training)} rows for training, {len(validation)} for validation, {len(test)} for the "
+        f"test; {n_truncated} were too long for {config.context_length} tokens"
+    )
+    steps_per_epoch = len(training) // config.batch_size
+    if steps_per_epoch == 0 or not validation or not test:
+        raise ValueError(f"{config.data} is too small for batches of {config.batch_size}: {sizes}")
     steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
-    eval_every = config.eval_every or math.ceil(steps_per_epoch)
-    config = replace(config, steps=steps, eval_every=eval_every)
+    config = replace(config, steps=steps, eval_every=config.eval_every or steps_per_epoch)
     lengths = np.array([len(ids) for ids, _ in training])
-    order = order_by_length(lengths, config.batch_size, config.seed)
+    n_epochs = math.ceil(steps / steps_per_epoch)
+    batches = batches_by_length(lengths, config.batch_size, n_epochs, config.seed)
+    validation = sorted(validation, key=lambda row: len(row[0]))  # saves padding
+    val_batch_size = config.micro_batch_size or config.batch_size
+    val_loader = create_dataloader(validation, val_batch_size, collate_fn=collate_fn)
 
     def get_batch(step):
-        rows = shuffled_rows(step, len(training), config.batch_size, order)
-        return collate_fn([training[row] for row in rows])
+        return collate_fn([training[row] for row in batches[step]])
 
     def save_best():
         # Files of an earlier run
         shutil.rmtree(config.out / "adapter", ignore_errors=True)
         (config.out / "responses.json").unlink(missing_ok=True)
-        save(merge_lora(copy.deepcopy(model)) if config.lora_rank else model)
+        if config.lora_rank:
+            save_lora(model, config.out / "adapter", config.init, classes)
+            save(merge_lora(copy.deepcopy(model)))
+        else:
+            save(model)
 
-    get_batch(0)  # if it fails, then before anything is written
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print_on_rank_0(
-        f"{len(training)} rows for training, {len(validation)} for validation; {trained:,} of "
-        f"{total:,} parameters are trained; {config.device}"
-    )
-    val_loader = sorted_loader(validation, config.micro_batch_size or config.batch_size, collate_fn)
+    print_on_rank_0(f"{sizes}; {trained:,} of {total:,} parameters are trained; {config.device}")
     train(model, get_batch, val_loader, config, save=save_best, report=report, content=content)
 
 
@@ -552,10 +523,7 @@ class ClassifyConfig(FinetuneConfig):
     out: Path = option(Path("out/spam"), "output folder")
     text_column: str = option("text", "column of the texts")
     label_column: str = option("label", "column of the classes")
-    train: str | None = option(
-        None, "last: the head and the last block (default: last; all for small models)",
-        choices=["head", "last", "all"],
-    )  # fmt: skip
+    last_block: bool = option(False, "train only the last block and the head, which is faster")
 
 
 def classify(config):
@@ -565,49 +533,38 @@ def classify(config):
     rows = [(row[config.text_column], row[config.label_column]) for row in rows]
     counts = Counter(label for _, label in rows)
     classes = sorted(counts)
-    parts = split_rows(rows, config.seed, n_val=2, n_test=4, key=lambda row: row[1])
+    parts = split_rows(rows, config.seed, key=lambda row: row[1])
     found = ", ".join(f"{counts[name]} {name}" for name in classes)
-    if len(classes) < 2 or any({label for _, label in part} != set(classes) for part in parts):
-        raise ValueError(
-            f"{config.data}: needs two classes or more, and several rows of each, not {found}"
-        )
+    if len(classes) < 2 or min(counts.values()) < 10:
+        raise ValueError(f"{config.data}: needs two classes with ten rows each, not {found}")
     gpt, tokenizer, config = load_base(config)
     model = GPTClassifier(gpt, len(classes))
-    if config.train and config.lora_rank:
-        raise ValueError("--train and --lora-rank exclude each other: LoRA trains its adapters")
-    if not config.lora_rank:
-        what = config.train or ("all" if is_small(gpt.config) else "last")
-        gpt.requires_grad_(what == "all")
-        if what == "last":
-            gpt.h[-1].requires_grad_()
-            gpt.ln_f.requires_grad_()
+    if config.last_block:
+        if config.lora_rank:
+            raise ValueError("--last-block and --lora-rank exclude each other")
+        gpt.requires_grad_(False)
+        gpt.h[-1].requires_grad_()
+        gpt.ln_f.requires_grad_()
     datasets = [
         ClassificationDataset(part, tokenizer, classes, config.context_length) for part in parts
     ]
-    n_truncated = sum(dataset.n_truncated for dataset in datasets)
-    print_on_rank_0(f"{found}; {n_truncated} truncated to {config.context_length} tokens")
-    loaders = [sorted_loader(dataset, 32, collate_texts) for dataset in datasets]
-
-    def save(merged):
-        save_classifier(merged, tokenizer, classes, config.out)
-        if config.lora_rank:
-            save_lora(model, config.out / "adapter", config.init, classes)
 
     def report():
-        sample = sorted_loader(datasets[0][: len(datasets[1])], 32, collate_texts)
-        on_training = accuracy(*predict_all(model, sample))  # of as many rows as for validation
-        on_validation = accuracy(*predict_all(model, loaders[1]))
-        print(f"    accuracy: training {on_training:.1%}, validation {on_validation:.1%}")
-        return {"train_accuracy": on_training, "val_accuracy": on_validation}
+        score = accuracy(*predict_all(model, datasets[1]))
+        print(f"    accuracy {score:.1%} (validation)")
+        return {"val_accuracy": score}
 
-    content = (rows, tokenizer.vocab)
-    finetune(config, model, datasets[:2], collate_texts, content, save=save, report=report)
+    print_on_rank_0(f"{len(rows)} rows: {found}")
+    finetune(
+        config, model, datasets, collate_texts, (rows, tokenizer.vocab), classes=classes,
+        save=lambda merged: save_classifier(merged, tokenizer, classes, config.out), report=report,
+    )  # fmt: skip
     if process_rank()[0] == 0:
         best, _, _ = load_classifier(config.out)
         best.to(config.device)
         print("\n                loss  accuracy")
-        for name, loader in zip(("training", "validation", "test"), loaders):
-            logits, labels = predict_all(best, loader)
+        for name, dataset in zip(("training", "validation", "test"), datasets):
+            logits, labels = predict_all(best, dataset)
             loss = F.cross_entropy(logits, labels)
             print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
         text, _ = parts[2][0]
@@ -627,22 +584,10 @@ def instruct(config):
     """Learn to follow instructions."""
     columns = ("instruction", "input", "output")
     entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
-    parts = split_rows(entries, config.seed, n_val=1, n_test=2)
+    parts = split_rows(entries, config.seed)
     model, tokenizer, config = load_base(config)
     datasets = [InstructionDataset(part, tokenizer, config.context_length) for part in parts]
-    if not all(datasets):
-        raise ValueError(f"{config.data}: too few rows fit into {config.context_length} tokens")
-    training, validation, test = datasets
-    n_truncated = sum(dataset.n_truncated for dataset in datasets)
-    print_on_rank_0(
-        f"{len(entries)} rows, {sum(map(len, datasets))} prompts fit, {n_truncated} truncated to "
-        f"{config.context_length} tokens"
-    )
-
-    def save(merged):
-        save_gpt2(merged, tokenizer, config.out, chat_template=CHAT_TEMPLATE)
-        if config.lora_rank:
-            save_lora(model, config.out / "adapter", config.init)
+    _, validation, test = datasets
 
     def show_sample():
         entry = validation.entries[0]
@@ -650,10 +595,10 @@ def instruct(config):
         text = f"{entry['instruction']} {entry['input']}\n-> {response}"
         print(textwrap.indent(text, "    "), end="\n\n", flush=True)
 
-    content = (entries, tokenizer.vocab)
     finetune(
-        config, model, [training, validation], collate_instructions, content,
-        save=save, report=show_sample,
+        config, model, datasets, collate_instructions, (entries, tokenizer.vocab),
+        save=lambda merged: save_gpt2(merged, tokenizer, config.out, chat_template=CHAT_TEMPLATE),
+        report=show_sample,
     )  # fmt: skip
     if process_rank()[0] == 0:
         dtype = load_gpt2.fast_dtype(config.device)
@@ -668,19 +613,14 @@ def instruct(config):
 
 def merge_adapter(model, folder, adapter):
     """Load adapters for the model of a folder, and merge them."""
-    refuse_own_adapter(folder, adapter)
-    return merge_lora(load_lora(model, adapter))
-
-
-def refuse_own_adapter(folder, adapter):
     if Path(adapter).resolve().parent == Path(folder).resolve():
         raise ValueError(f"the weights in {folder} already contain {adapter}")
+    return merge_lora(load_lora(model, adapter))
 
 
 def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
-        refuse_own_adapter(folder, adapter)
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
         path = Path(adapter) / "classes.json"
         content = read_json(path)
@@ -698,13 +638,12 @@ def predict(folder, texts, adapter, device):
     dataset = ClassificationDataset(rows, tokenizer, classes, context_length)
     if dataset.n_truncated:
         print(f"{dataset.n_truncated} texts are truncated", file=sys.stderr)
-    loader = create_dataloader(dataset, 32, collate_fn=collate_texts)
-    logits, _ = predict_all(model.to(device), loader)
+    logits, _ = predict_all(model.to(device), dataset)
     for text, probs in zip(texts, logits.softmax(dim=1)):
         print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
 
 
-def chat(folder, adapter, temperature, top_k, max_new_tokens, device):
+def chat(folder, adapter, max_new_tokens, device, **sampling):
     """Give instructions to a model."""
     model, tokenizer = load_gpt2.load_gpt2(folder)
     if adapter:
@@ -714,26 +653,22 @@ def chat(folder, adapter, temperature, top_k, max_new_tokens, device):
     while True:
         try:
             instruction = input("\n> ").strip()
+            if not instruction:
+                continue
+            prompt = format_prompt({"instruction": instruction})
+            room = model.config.context_length + 1 - len(tokenizer.encode(prompt))
+            if room < 1:
+                print("The instruction is too long for the context of the model.")
+                continue
+            n_tokens = min(max_new_tokens, room)
+            for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **sampling):
+                print(piece, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" ...")
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
-            continue
-        if not instruction:
-            continue
-        prompt = format_prompt({"instruction": instruction})
-        room = model.config.context_length + 1 - len(tokenizer.encode(prompt))
-        if room < 1:
-            print("The instruction is too long for the context of the model.")
-            continue
-        n_tokens = min(max_new_tokens, room)
-        options = {"temperature": temperature, "top_k": top_k}
-        try:
-            for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **options):
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" ...", end="")
-        print()
 
 
 JUDGE_PROMPT = """Score how well a response follows an instruction, from 0 (not at all) to 100.
@@ -772,52 +707,58 @@ def ask_for_score(url, model, prompt):
             raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
         # Not response.json(): its error is an OSError, which does not name the URL
         answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
-    # Without the thoughts of a reasoning model, the answer must hold one number, as 85 or 85/100,
-    # and no minus sign before it
+    # Without the thoughts of a reasoning model, there must be one number, such as 85 or 85/100
     answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
-    match = re.fullmatch(r"\D*?(?<!-)(\d+(?:\.\d+)?)(?:\s*/\s*100)?\D*", answer)
-    return float(match[1]) if match and float(match[1]) <= 100 else None
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
+    if len(numbers) == 1 and 0 <= float(numbers[0]) <= 100:
+        return float(numbers[0])
+    return None
 
 
 def main():
     parser = load_gpt2.CommandLine(description="Finetune a GPT-2, and use the result.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    functions = {f.__name__: f for f in (classify, instruct, predict, chat, judge)}
-    parsers = {
-        name: commands.add_parser(name, help=f.__doc__, description=f.__doc__)
-        for name, f in functions.items()
-    }
-    configs = {"classify": ClassifyConfig, "instruct": InstructConfig}
-    for name, config_class in configs.items():
-        add_options(parsers[name], config_class)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    parsers["predict"].add_argument("folder", help="of the model, such as out/spam")
-    parsers["chat"].add_argument("folder", nargs="?", default="out/assistant", help="of the model")
-    for name in ("predict", "chat"):
-        add = parsers[name].add_argument
-        add("--adapter", metavar="FOLDER", help="LoRA adapters for it, of save_lora or PEFT")
-        device = load_gpt2.default_device()
-        add("--device", type=load_gpt2.usable_device, default=device, help="cpu, cuda or mps")
-    parsers["predict"].add_argument("texts", nargs="*", help="default: lines of standard input")
-    add = parsers["chat"].add_argument
+    def add_command(function):
+        text = function.__doc__
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.set_defaults(function=function)
+        return command
+
+    configs = {classify: ClassifyConfig, instruct: InstructConfig}
+    for function, config_class in configs.items():
+        add_options(add_command(function), config_class)
+    device = {"type": load_gpt2.usable_device, "default": load_gpt2.default_device()}
+
+    add = add_command(predict).add_argument
+    add("folder", help="of the model, such as out/spam")
+    add("texts", nargs="*", help="default: lines of standard input")
+    add("--adapter", metavar="FOLDER", help="LoRA adapters for it, written by classify")
+    add("--device", help="cpu, cuda or mps", **device)
+
+    add = add_command(chat).add_argument
+    add("folder", nargs="?", default="out/assistant", help="of the model")
+    add("--adapter", metavar="FOLDER", help="LoRA adapters for it, of save_lora or PEFT")
     add("--temperature", type=float, default=0.7, help="0 always takes the most likely token")
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens")
     add("--max-new-tokens", type=int, default=256, help="longest response")
-    add = parsers["judge"].add_argument
+    add("--device", help="cpu, cuda or mps", **device)
+
+    add = add_command(judge).add_argument
     add("responses", nargs="?", default="out/assistant/responses.json", help="written by instruct")
     add("--url", default="http://localhost:11434/v1", help="of the server; this is Ollama's")
     add("--model", default="llama3", help="name of the judge on the server")
 
     args = vars(parser.parse_args())
-    command = args.pop("command")
-    if command in configs:
-        config = configs[command](**args)
+    function = args.pop("function")
+    if function in configs:
+        config = configs[function](**args)
         start_processes(config.device)
-        functions[command](config)
+        function(config)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     else:
-        functions[command](**args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        function(**args)
 
 
 if __name__ == "__main__":

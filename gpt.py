@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import regex  # installed with tiktoken; Python's re module does not support \p{L}
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiktoken.load import read_file_cached
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
@@ -79,8 +81,7 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
 BYTE_TO_CHAR = dict(zip(BYTES, CHARS))
-# For str.translate; Latin-1 then encodes each character as the byte with its number
-CHAR_TO_BYTE = {ord(char): byte for byte, char in BYTE_TO_CHAR.items()}
+CHAR_TO_BYTE = dict(zip(CHARS, BYTES))
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -108,15 +109,14 @@ class Tokenizer:
         ids = [vocab[token] for token in learned]
         if ids != sorted(set(ids)):
             raise ValueError("the ids of the vocabulary do not follow the order of the merges")
-        bytes_to_id = {
-            token.translate(CHAR_TO_BYTE).encode("latin-1"): vocab[token] for token in tokens
-        }
-        special = {token: vocab[token] for token in vocab.keys() - set(tokens)}
+        token_bytes = {token: bytes([CHAR_TO_BYTE[char] for char in token]) for token in tokens}
         self.encoding = tiktoken.Encoding(
-            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=bytes_to_id, special_tokens=special
+            "gpt2",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks={token_bytes[token]: vocab[token] for token in tokens},
+            special_tokens={token: vocab[token] for token in vocab.keys() - token_bytes.keys()},
         )
-        self.id_to_bytes = {token_id: token for token, token_id in bytes_to_id.items()}
-        self.id_to_bytes |= {token_id: name.encode() for name, token_id in special.items()}
+        self.id_to_bytes = {i: token_bytes.get(token, token.encode()) for token, i in vocab.items()}
 
     def encode(self, text):
         """str -> list of ids. Special tokens in the text are encoded as ordinary characters."""
@@ -136,12 +136,11 @@ class Tokenizer:
     def apply_merges(self, word):
         """
         BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"], if "Ġt he" was not learned.
-        Apply the merge that was learned first, until none is left. `encode` does the same, faster.
+        Apply the merges in the order of their learning. `encode` does the same, faster.
         """
-        ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(self.merges)}
         tokens = spell(word)
-        while pairs := [pair for pair in itertools.pairwise(tokens) if pair in ranks]:
-            tokens = merge_pair(tokens, min(pairs, key=ranks.get))
+        for merge in self.merges:
+            tokens = merge_pair(tokens, tuple(merge.split(" ")))
         return tokens
 
     @classmethod
@@ -150,8 +149,6 @@ class Tokenizer:
         Learn the merges from a text: repeatedly merge the most frequent pair of adjacent tokens.
         The vocabulary stays smaller than vocab_size if no pair is left that occurs twice.
         """
-        import regex  # installed with tiktoken; Python's re module does not support \p{L}
-
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size}: the bytes and {END_OF_TEXT} alone need 257")
         word_counts = Counter(regex.findall(SPLIT_PATTERN, text))
@@ -159,40 +156,36 @@ class Tokenizer:
         counts = list(word_counts.values())
         pair_counts = Counter()
         words_with_pair = defaultdict(set)  # pair -> indices of words that contain it, or once did
-        for i, word in enumerate(words):
-            for pair in itertools.pairwise(word):
-                pair_counts[pair] += counts[i]
+
+        def count_pairs(i, sign):
+            for pair in itertools.pairwise(words[i]):
+                pair_counts[pair] += sign * counts[i]
                 words_with_pair[pair].add(i)
 
+        for i in range(len(words)):
+            count_pairs(i, 1)
         merges = []
-        while len(merges) < vocab_size - 257 and pair_counts:
+        while len(merges) < vocab_size - 257:
             # Of equally frequent pairs, the last in the alphabet
-            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
-            if pair_counts[best] < 2:
+            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair), default=None)
+            if pair_counts[best] < 2:  # 0 for None
                 break
             merges.append(" ".join(best))
             # Only words that contain this pair change: subtract their old pairs, add their new ones
             for i in words_with_pair.pop(best):
-                for pair in itertools.pairwise(words[i]):
-                    pair_counts[pair] -= counts[i]
+                count_pairs(i, -1)
                 words[i] = merge_pair(words[i], best)
-                for pair in itertools.pairwise(words[i]):
-                    pair_counts[pair] += counts[i]
-                    words_with_pair[pair].add(i)
-            del pair_counts[best]
+                count_pairs(i, 1)
         return cls(merges)
 
     @classmethod
     def gpt2(cls):
         """OpenAI's 50,257 tokens. Without data/gpt2-merges.txt, tiktoken downloads the merges."""
         path = Path(__file__).with_name("data") / "gpt2-merges.txt"
-        if path.exists():
-            return cls(read_merges(path.read_text(encoding="utf-8")))
-        from tiktoken.load import read_file_cached
-
         url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
         sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-        return cls(read_merges(read_file_cached(url, sha256).decode("utf-8")))
+        content = path.read_bytes() if path.exists() else read_file_cached(url, sha256)
+        return cls(read_merges(content.decode("utf-8")))
 
     @classmethod
     def load(cls, folder):
@@ -224,11 +217,8 @@ def merge_pair(tokens, pair):
 
 
 def read_merges(content):
-    """Content of merges.txt -> its lines, without the first if it gives the version"""
-    lines = content.split("\n")
-    if lines[0].startswith("#version"):  # in any other line, "#" is a token
-        del lines[0]
-    return [line for line in lines if line]
+    """Content of merges.txt -> its lines, without the one that gives the version"""
+    return [line for line in content.splitlines() if line and not line.startswith("#version")]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
-import tiktoken.load
 import torch
 
 import gpt
@@ -115,7 +114,7 @@ def test_copied_without_data_the_merges_come_from_tiktokens_cache(monkeypatch, t
         return content
 
     monkeypatch.setattr(gpt, "__file__", str(tmp_path / "gpt.py"))
-    monkeypatch.setattr(tiktoken.load, "read_file_cached", read_file_cached)
+    monkeypatch.setattr(gpt, "read_file_cached", read_file_cached)
     assert Tokenizer.gpt2().encode("Hello world") == [15496, 995]
 
 
@@ -319,8 +318,9 @@ def test_files_of_hugging_face_keep_their_content(tmp_path):
     assert ours == theirs
 
 
-def test_only_a_first_line_with_the_version_is_no_merge():
+def test_only_the_line_with_the_version_is_no_merge():
     assert read_merges("#version: 0.2\n# #\n## ##\n") == ["# #", "## ##"]
+    assert read_merges("#version: 0.2\r\n# #\r\n") == ["# #"]
     assert read_merges("# #\n#v ersion") == ["# #", "#v ersion"]
     assert read_merges("") == []
 
@@ -878,7 +878,7 @@ def test_file_copied_alone_imports_torch_and_tiktoken_and_runs_the_tour(tmp_path
     shutil.copy(ROOT / "gpt.py", tmp_path)
     code = """if True:
         import runpy, sys
-        import numpy, tiktoken, torch, torch.utils.data
+        import numpy, regex, tiktoken, torch, torch.utils.data
         before = {name.partition(".")[0] for name in sys.modules}
         import gpt
         after = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)

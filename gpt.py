@@ -241,14 +241,9 @@ class TokenDataset(Dataset):
         self.tokens = tokens
         self.context_length = context_length
         self.stride = context_length if stride is None else stride
-        if context_length < 1 or self.stride < 1:
-            raise ValueError(f"{context_length=} and {stride=} must be at least 1")
         self.last_start = len(tokens) - context_length - 1  # the last target needs one more token
-        if self.last_start < 0:
-            raise ValueError(
-                f"{len(tokens):,} tokens are not enough for a window of {context_length=} "
-                "and the target of its last token"
-            )
+        if context_length < 1 or self.last_start < 0:
+            raise ValueError(f"{len(tokens):,} tokens are too few for {context_length=} + 1")
 
     def __len__(self):
         return math.ceil(self.last_start / self.stride) + 1
@@ -257,11 +252,10 @@ class TokenDataset(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
         start = min(i * self.stride, self.last_start)
-        window = self.tokens[start : start + self.context_length + 1]
         # Token files hold uint16, but an embedding takes int64
-        window = torch.tensor(np.asarray(window, dtype=np.int64))
-        inputs = window[:-1]
-        targets = window[1:].clone()  # a copy, because inputs share the memory
+        window = np.asarray(self.tokens[start : start + self.context_length + 1], dtype=np.int64)
+        inputs = torch.tensor(window[:-1])
+        targets = torch.tensor(window[1:])
         if start < i * self.stride:  # moved back
             end_before = (i - 1) * self.stride + self.context_length
             targets[: max(0, end_before - start)] = -100
@@ -270,13 +264,8 @@ class TokenDataset(Dataset):
 
 def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=None):
     """One pass over the dataset in batches; with shuffle, in random order set by the seed."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        shuffle=shuffle,
-        generator=torch.Generator().manual_seed(seed),
-        collate_fn=collate_fn,
-    )
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size, shuffle, generator=order, collate_fn=collate_fn)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -334,8 +334,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # OpenAI's GELU is the tanh approximation
-        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # OpenAI's GELU is the tanh approximation
         return self.dropout(self.c_proj(x))
 
 
@@ -370,23 +369,20 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.endswith("c_proj.weight"):
+            if parameter.dim() == 2:
                 # 2 n_layer outputs are added to the residual stream; scaled by 1 / sqrt(2 n_layer),
                 # their sum has the same variance for any number of layers (Radford et al., 2.3)
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            # else a LayerNorm weight: it stays 1
+                n_added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(n_added))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def features(self, ids, cache=None):
         """
         The final hidden states. (B, T) -> (B, T, C)
 
-        With a KVCache, `ids` continue the texts in the cache: they take the next positions and
-        attend to the earlier tokens too. Raises ValueError for more than context_length ids; with
-        a cache, the caller makes sure that all tokens together fit.
+        With a KVCache, `ids` continue the texts in the cache; the caller makes sure that they fit.
+        Raises ValueError for more than context_length ids.
         """
         n_tokens = ids.size(1)
         if n_tokens > self.config.context_length:
@@ -401,10 +397,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def lm_head(self, x):
-        """
-        Hidden states to logits. (..., C) -> (..., V)
-        The output head shares the token embedding matrix (weight tying, Press and Wolf 2017).
-        """
+        """Hidden states to logits. (..., C) -> (..., V)"""
+        # The output head shares the token embedding matrix (weight tying, Press and Wolf 2017)
         return F.linear(x, self.wte.weight)
 
     def forward(self, ids, targets=None):
@@ -438,8 +432,8 @@ class GPT(nn.Module):
         sampling = (temperature, top_k, top_p, generator)
         new_ids = [[] for _ in prompts]
         for new in self._decode(prompts, max_new_tokens, eos_id, sampling):
-            for number, token_id in new.items():
-                new_ids[number].append(token_id)
+            for i, token_id in new.items():
+                new_ids[i].append(token_id)
         return new_ids
 
     def stream(
@@ -453,52 +447,41 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _decode(self, prompts, max_new_tokens, eos_id, sampling):
-        """Yield {number of a prompt: its new id} for each step, without texts that have ended."""
+        """Yield {index of a prompt: its new id} for each step, without texts that have ended."""
+        device = self.wte.weight.device
         context_length = self.config.context_length
-        for number, prompt in enumerate(prompts):
+        for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= context_length:
-                raise ValueError(
-                    f"prompt {number}: {len(prompt)} tokens, not 1 to {context_length}"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-                raise ValueError(f"prompt {number} has ids outside of the vocabulary")
+                raise ValueError(f"prompt {i}: {len(prompt)} tokens, not 1 to {context_length}")
         # Prompts and their new ids, in the order of the rows in the batch
-        texts = {number: list(prompt) for number, prompt in enumerate(prompts)}
+        texts = {i: list(prompt) for i, prompt in enumerate(prompts)}
         cache = None
         with eval_mode(self):
-            for n_done in range(max_new_tokens):
+            for n_left in range(max_new_tokens, 0, -1):
                 if not texts:
                     return
                 if cache is None:
-                    cache, logits = self._prefill(list(texts.values()), max_new_tokens - n_done)
-                else:
-                    last_ids = torch.tensor([text[-1:] for text in texts.values()])  # (B, 1)
-                    x = self.features(last_ids.to(logits.device), cache)  # (B, 1, C)
-                    logits = self.lm_head(x[:, 0])  # (B, V)
-                next_ids = sample(logits, *sampling).tolist()
+                    unread = list(texts.values())
+                    n_columns = min(max(map(len, unread)) + n_left, context_length)
+                    cache = KVCache(len(unread), n_columns, device)
+                # Padding goes on the right, where the causal mask hides it from the text
+                ids = pad_sequence([torch.tensor(row) for row in unread], batch_first=True)
+                x = self.features(ids.to(device), cache)  # (B, T) -> (B, T, C)
+                lengths = torch.tensor([len(row) for row in unread])
+                logits = self.lm_head(x[torch.arange(len(x)), lengths - 1])  # (B, V)
+                cache.lengths -= ids.size(1) - lengths.to(device)  # the next ids overwrite padding
 
-                new = {number: i for number, i in zip(texts, next_ids) if i != eos_id}
+                next_ids = sample(logits, *sampling).tolist()
+                new = {i: token_id for i, token_id in zip(texts, next_ids) if token_id != eos_id}
                 if len(new) < len(texts):  # texts that have ended leave the batch
-                    cache.keep([row for row, number in enumerate(texts) if number in new])
-                    texts = {number: texts[number] for number in new}
-                for number, token_id in new.items():
-                    texts[number].append(token_id)
-                    if len(texts[number]) > context_length:
-                        texts[number] = texts[number][-max(1, context_length // 2) :]
+                    cache.keep([row for row, i in enumerate(texts) if i in new])
+                texts = {i: texts[i] + [token_id] for i, token_id in new.items()}
+                unread = [[token_id] for token_id in new.values()]
+                for i, text in texts.items():
+                    if len(text) > context_length:
+                        texts[i] = text[-max(1, context_length // 2) :]
                         cache = None  # positions have changed: read all texts again
                 yield new
-
-    def _prefill(self, texts, n_new):
-        """Read texts. -> a KVCache (see below) with room for n_new more tokens, logits (B, V)"""
-        device = self.wte.weight.device
-        lengths = torch.tensor([len(text) for text in texts], device=device)
-        # Padding goes on the right, where the causal mask hides it from the text
-        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(device)
-        n_columns = min(ids.size(1) + n_new, self.config.context_length)
-        cache = KVCache(len(texts), n_columns, device)
-        x = self.features(ids, cache)  # (B, T, C)
-        cache.lengths = lengths  # forgets the padding: the next tokens overwrite it
-        return cache, self.lm_head(x[torch.arange(len(texts)), lengths - 1])  # the last tokens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -509,31 +492,29 @@ class KVCache:
     """
     Keys and values of the tokens read so far. With them, a new token costs one row of attention
     instead of another pass over the whole text.
-
-    Keys and values of a layer are (B, H, n_columns, D) each; column t belongs to position t.
     """
 
     def __init__(self, n_rows, n_columns, device):
         self.n_columns = n_columns
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # tokens in each row
-        self.layers = {}  # attention layer -> (keys, values)
-        self.positions = None  # of the new tokens (B, T)
-        self.mask = None  # what they attend to (B, 1, T, columns); None: first read, plain causal
+        self.layers = {}  # attention layer -> keys, values, (B, H, n_columns, D) each
+        self.mask = None  # what the new tokens attend to; None for the first read: plain causal
 
     def extend(self, n_tokens):
         """Begin to read n_tokens more in each row. -> their positions (B, T)"""
-        new = torch.arange(n_tokens, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + new
+        device = self.lengths.device
+        self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=device)
         self.lengths = self.lengths + n_tokens
+        self.n_read = int(self.lengths.max())
         if self.layers:  # not the first read: attend to all columns up to one's own position
-            columns = torch.arange(int(self.lengths.max()), device=self.lengths.device)
-            self.mask = columns <= self.positions[:, None, :, None]  # (B, 1, T, columns)
+            columns = torch.arange(self.n_read, device=device)
+            self.mask = columns <= self.positions[:, None, :, None]  # (B, 1, T, n_read)
         return self.positions
 
     def update(self, layer, k, v):
         """
-        Store the keys and values of the new tokens, (B, H, T, D). -> the keys and values to attend
-        to: of all columns; or, when nothing was read before, just the new ones, with no mask.
+        Store the keys and values of the new tokens, (B, H, T, D) each, in the columns of their
+        positions. -> keys and values of all columns read so far, (B, H, n_read, D) each
         """
         B, H, _, D = k.shape
         if layer not in self.layers:
@@ -541,13 +522,9 @@ class KVCache:
             self.layers[layer] = [k.new_zeros(B, H, self.n_columns, D) for _ in range(2)]
         keys, values = self.layers[layer]
         rows = torch.arange(B, device=k.device)[:, None]  # (B, 1), beside positions (B, T)
-        # Such an index, with a slice between two tensors, gives (B, T, H, D)
-        keys[rows, :, self.positions] = k.transpose(1, 2)
-        values[rows, :, self.positions] = v.transpose(1, 2)
-        if self.mask is None:
-            return k, v
-        n_read = self.mask.size(-1)
-        return keys[:, :, :n_read], values[:, :, :n_read]
+        keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, H, D)
+        values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
+        return keys[:, :, : self.n_read], values[:, :, : self.n_read]
 
     def keep(self, rows):
         """Remove all other rows of the batch."""

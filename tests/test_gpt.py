@@ -753,7 +753,7 @@ def test_generation_leaves_the_model_as_it_was(tiny):
     stream = model.stream([1], 5)
     next(stream)
     stream.close()
-    with pytest.raises(ValueError):
+    with pytest.raises(IndexError):
         model.generate([[99]], 5)
     assert [module.training for module in model.modules()] == modes
 
@@ -768,9 +768,15 @@ def test_eval_mode_restores_every_module():
     assert [module.training for module in model.modules()] == modes == [True, True, False, False]
 
 
-@pytest.mark.parametrize("prompt", [[], [0] * 49, [320], [-1]])
+@pytest.mark.parametrize("prompt", [[], [0] * 49])
 def test_prompts_that_cannot_be_read_are_refused(tiny, prompt):
     with pytest.raises(ValueError, match="prompt 1"):
+        tiny.generate([[1], prompt], 5)
+
+
+@pytest.mark.parametrize("prompt", [[320], [-1]])
+def test_ids_outside_of_the_vocabulary_are_refused(tiny, prompt):
+    with pytest.raises(IndexError):
         tiny.generate([[1], prompt], 5)
 
 

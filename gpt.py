@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -571,7 +570,7 @@ def eval_mode(model):
 
 
 def tour():
-    """Follow one sentence through a small model, before and after the model has learned it."""
+    """Follow one sentence through a small model that has learned it by heart."""
     torch.manual_seed(0)
     sentence = "The cat sat on the mat, and the dog sat on the cat."
     source = Path(__file__).read_text(encoding="utf-8")  # any text will do to learn a vocabulary
@@ -581,53 +580,43 @@ def tour():
     print(f"Text            {sentence!r}")
     print(f"Tokens          {'|'.join(tokens)}")
     print(f"Ids             {ids}")
-    dataset = TokenDataset(ids, context_length=len(ids) - 1)
-    inputs, targets = (x[None] for x in dataset[0])  # a batch of one, (1, T)
     pairs = ", ".join(f"{a!r} -> {b!r}" for a, b in zip(tokens[:4], tokens[1:5]))
     print(f"To be learned   {pairs} ...")
 
+    inputs = torch.tensor([ids[:-1]])  # a batch of one, (1, T)
+    targets = torch.tensor([ids[1:]])
     model = GPT(GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64))
-    x = model.wte(inputs) + model.wpe(torch.arange(inputs.size(1)))
-    print(f"\nEmbeddings      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): token + position")
-    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))
-    print(f"Attention       {list(pattern.shape)} (B, H, T, T): what each token takes from each")
-    print(f"Hidden states   {list(model.features(inputs).shape)} (B, T, C), after 2 blocks")
-    print(f"Logits          {list(model(inputs).shape)} (B, T, V): scores of every next token")
-
-    loss = model(inputs, targets)
-    uniform = math.log(tokenizer.vocab_size)
-    print(f"\nUntrained       loss {loss:.2f}; a uniform guess has ln V = {uniform:.2f}")
-    show_predictions(model, tokenizer, inputs)
+    print(f"\nA blind guess   loss {math.log(tokenizer.vocab_size):.2f} = ln V")
+    print(f"Untrained       loss {model(inputs, targets):.2f}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(50):
         loss = model(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"\nAfter 50 steps  loss {loss:.2f}: it overfits, it knows the sentence by heart")
-    show_predictions(model, tokenizer, inputs)
+    print(f"After 50 steps  loss {loss:.2f}: it overfits, it knows the sentence by heart")
 
     x = model.wte(inputs) + model.wpe(torch.arange(inputs.size(1)))
-    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))[0, 0]  # (T, T)
+    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))
+    logits = model(inputs)
+    print(f"\nEmbeddings      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): token + position")
+    print(f"Attention       {list(pattern.shape)} (B, H, T, T): what each token takes from each")
+    print(f"Hidden states   {list(model.features(inputs).shape)} (B, T, C), after 2 blocks")
+    print(f"Logits          {list(logits.shape)} (B, T, V): scores of every next token")
+
     print("\nAttention pattern of the first head: each row is a token that reads, darker is more.")
     print("The causal mask hides the tokens to come, in the upper right.\n")
     shades = " .:-=+*#%@"
-    for token, row in zip(tokens, pattern / pattern.amax(dim=-1, keepdim=True)):
-        cells = "".join(2 * shades[int(9.9 * weight)] for weight in row)  # 0 to 1 -> a shade
+    for token, row in zip(tokens, pattern[0, 0]):
+        cells = "".join(2 * shades[int(9.9 * weight)] for weight in row / row.max())
         print(f"{token:>8} |{cells}|")
 
-    print(f"\nIt writes       {tokens[0]}", end="")
-    for token_id in model.stream(ids[:1], max_new_tokens=len(ids) - 1, temperature=0):
-        print(f"|{tokenizer.decode([token_id])}", end="", flush=True)
-    print()
-
-
-def show_predictions(model, tokenizer, ids):
-    probs = model(ids)[0, -1].softmax(dim=-1)
-    best = [f"{tokenizer.decode([token_id])!r} {p:.1%}" for p, token_id in zip(*probs.topk(4))]
-    print(f"after {tokenizer.decode(ids[0, -4:])!r} it expects {', '.join(best)}")
+    probs, best = logits[0, -1].softmax(dim=-1).topk(4)
+    expected = [f"{tokenizer.decode([token_id])!a} {p:.1%}" for token_id, p in zip(best, probs)]
+    print(f"\nIt expects      {', '.join(expected)} after {tokenizer.decode(ids[-5:-1])!r}")
+    new_ids = model.generate([ids[:1]], max_new_tokens=len(ids) - 1, temperature=0)[0]
+    print(f"It writes       {'|'.join(tokenizer.decode([i]) for i in ids[:1] + new_ids)}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
     tour()

@@ -16,16 +16,17 @@ import contextlib
 import itertools
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import regex  # installed with tiktoken; Python's re module does not support \p{L}
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiktoken.load import read_file_cached
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
@@ -79,8 +80,7 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
 BYTE_TO_CHAR = dict(zip(BYTES, CHARS))
-# For str.translate; Latin-1 then encodes each character as the byte with its number
-CHAR_TO_BYTE = {ord(char): byte for byte, char in BYTE_TO_CHAR.items()}
+CHAR_TO_BYTE = dict(zip(CHARS, BYTES))
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -108,15 +108,14 @@ class Tokenizer:
         ids = [vocab[token] for token in learned]
         if ids != sorted(set(ids)):
             raise ValueError("the ids of the vocabulary do not follow the order of the merges")
-        bytes_to_id = {
-            token.translate(CHAR_TO_BYTE).encode("latin-1"): vocab[token] for token in tokens
-        }
-        special = {token: vocab[token] for token in vocab.keys() - set(tokens)}
+        token_bytes = {token: bytes([CHAR_TO_BYTE[char] for char in token]) for token in tokens}
         self.encoding = tiktoken.Encoding(
-            "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=bytes_to_id, special_tokens=special
+            "gpt2",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks={token_bytes[token]: vocab[token] for token in tokens},
+            special_tokens={token: vocab[token] for token in vocab.keys() - token_bytes.keys()},
         )
-        self.id_to_bytes = {token_id: token for token, token_id in bytes_to_id.items()}
-        self.id_to_bytes |= {token_id: name.encode() for name, token_id in special.items()}
+        self.id_to_bytes = {i: token_bytes.get(token, token.encode()) for token, i in vocab.items()}
 
     def encode(self, text):
         """str -> list of ids. Special tokens in the text are encoded as ordinary characters."""
@@ -136,12 +135,11 @@ class Tokenizer:
     def apply_merges(self, word):
         """
         BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"], if "Ġt he" was not learned.
-        Apply the merge that was learned first, until none is left. `encode` does the same, faster.
+        Apply the merges in the order of their learning. `encode` does the same, faster.
         """
-        ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(self.merges)}
         tokens = spell(word)
-        while pairs := [pair for pair in itertools.pairwise(tokens) if pair in ranks]:
-            tokens = merge_pair(tokens, min(pairs, key=ranks.get))
+        for merge in self.merges:
+            tokens = merge_pair(tokens, tuple(merge.split(" ")))
         return tokens
 
     @classmethod
@@ -150,8 +148,6 @@ class Tokenizer:
         Learn the merges from a text: repeatedly merge the most frequent pair of adjacent tokens.
         The vocabulary stays smaller than vocab_size if no pair is left that occurs twice.
         """
-        import regex  # installed with tiktoken; Python's re module does not support \p{L}
-
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size}: the bytes and {END_OF_TEXT} alone need 257")
         word_counts = Counter(regex.findall(SPLIT_PATTERN, text))
@@ -159,40 +155,36 @@ class Tokenizer:
         counts = list(word_counts.values())
         pair_counts = Counter()
         words_with_pair = defaultdict(set)  # pair -> indices of words that contain it, or once did
-        for i, word in enumerate(words):
-            for pair in itertools.pairwise(word):
-                pair_counts[pair] += counts[i]
+
+        def count_pairs(i, sign):
+            for pair in itertools.pairwise(words[i]):
+                pair_counts[pair] += sign * counts[i]
                 words_with_pair[pair].add(i)
 
+        for i in range(len(words)):
+            count_pairs(i, 1)
         merges = []
-        while len(merges) < vocab_size - 257 and pair_counts:
+        while len(merges) < vocab_size - 257:
             # Of equally frequent pairs, the last in the alphabet
-            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
-            if pair_counts[best] < 2:
+            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair), default=None)
+            if pair_counts[best] < 2:  # 0 for None
                 break
             merges.append(" ".join(best))
             # Only words that contain this pair change: subtract their old pairs, add their new ones
             for i in words_with_pair.pop(best):
-                for pair in itertools.pairwise(words[i]):
-                    pair_counts[pair] -= counts[i]
+                count_pairs(i, -1)
                 words[i] = merge_pair(words[i], best)
-                for pair in itertools.pairwise(words[i]):
-                    pair_counts[pair] += counts[i]
-                    words_with_pair[pair].add(i)
-            del pair_counts[best]
+                count_pairs(i, 1)
         return cls(merges)
 
     @classmethod
     def gpt2(cls):
         """OpenAI's 50,257 tokens. Without data/gpt2-merges.txt, tiktoken downloads the merges."""
         path = Path(__file__).with_name("data") / "gpt2-merges.txt"
-        if path.exists():
-            return cls(read_merges(path.read_text(encoding="utf-8")))
-        from tiktoken.load import read_file_cached
-
         url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
         sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-        return cls(read_merges(read_file_cached(url, sha256).decode("utf-8")))
+        content = path.read_bytes() if path.exists() else read_file_cached(url, sha256)
+        return cls(read_merges(content.decode("utf-8")))
 
     @classmethod
     def load(cls, folder):
@@ -224,11 +216,8 @@ def merge_pair(tokens, pair):
 
 
 def read_merges(content):
-    """Content of merges.txt -> its lines, without the first if it gives the version"""
-    lines = content.split("\n")
-    if lines[0].startswith("#version"):  # in any other line, "#" is a token
-        del lines[0]
-    return [line for line in lines if line]
+    """Content of merges.txt -> its lines, without the one that gives the version"""
+    return [line for line in content.splitlines() if line and not line.startswith("#version")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,14 +240,9 @@ class TokenDataset(Dataset):
         self.tokens = tokens
         self.context_length = context_length
         self.stride = context_length if stride is None else stride
-        if context_length < 1 or self.stride < 1:
-            raise ValueError(f"{context_length=} and {stride=} must be at least 1")
         self.last_start = len(tokens) - context_length - 1  # the last target needs one more token
-        if self.last_start < 0:
-            raise ValueError(
-                f"{len(tokens):,} tokens are not enough for a window of {context_length=} "
-                "and the target of its last token"
-            )
+        if context_length < 1 or self.last_start < 0:
+            raise ValueError(f"{len(tokens):,} tokens are too few for {context_length=} + 1")
 
     def __len__(self):
         return math.ceil(self.last_start / self.stride) + 1
@@ -267,11 +251,10 @@ class TokenDataset(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
         start = min(i * self.stride, self.last_start)
-        window = self.tokens[start : start + self.context_length + 1]
         # Token files hold uint16, but an embedding takes int64
-        window = torch.tensor(np.asarray(window, dtype=np.int64))
-        inputs = window[:-1]
-        targets = window[1:].clone()  # a copy, because inputs share the memory
+        window = np.asarray(self.tokens[start : start + self.context_length + 1], dtype=np.int64)
+        inputs = torch.tensor(window[:-1])
+        targets = torch.tensor(window[1:])
         if start < i * self.stride:  # moved back
             end_before = (i - 1) * self.stride + self.context_length
             targets[: max(0, end_before - start)] = -100
@@ -280,13 +263,8 @@ class TokenDataset(Dataset):
 
 def create_dataloader(dataset, batch_size, *, shuffle=False, seed=0, collate_fn=None):
     """One pass over the dataset in batches; with shuffle, in random order set by the seed."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        shuffle=shuffle,
-        generator=torch.Generator().manual_seed(seed),
-        collate_fn=collate_fn,
-    )
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size, shuffle, generator=order, collate_fn=collate_fn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,8 +333,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # OpenAI's GELU is the tanh approximation
-        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # OpenAI's GELU is the tanh approximation
         return self.dropout(self.c_proj(x))
 
 
@@ -391,23 +368,20 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.endswith("c_proj.weight"):
+            if parameter.dim() == 2:
                 # 2 n_layer outputs are added to the residual stream; scaled by 1 / sqrt(2 n_layer),
                 # their sum has the same variance for any number of layers (Radford et al., 2.3)
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            # else a LayerNorm weight: it stays 1
+                n_added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(n_added))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def features(self, ids, cache=None):
         """
         The final hidden states. (B, T) -> (B, T, C)
 
-        With a KVCache, `ids` continue the texts in the cache: they take the next positions and
-        attend to the earlier tokens too. Raises ValueError for more than context_length ids; with
-        a cache, the caller makes sure that all tokens together fit.
+        With a KVCache, `ids` continue the texts in the cache; the caller makes sure that they fit.
+        Raises ValueError for more than context_length ids.
         """
         n_tokens = ids.size(1)
         if n_tokens > self.config.context_length:
@@ -422,10 +396,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def lm_head(self, x):
-        """
-        Hidden states to logits. (..., C) -> (..., V)
-        The output head shares the token embedding matrix (weight tying, Press and Wolf 2017).
-        """
+        """Hidden states to logits. (..., C) -> (..., V)"""
+        # The output head shares the token embedding matrix (weight tying, Press and Wolf 2017)
         return F.linear(x, self.wte.weight)
 
     def forward(self, ids, targets=None):
@@ -459,8 +431,8 @@ class GPT(nn.Module):
         sampling = (temperature, top_k, top_p, generator)
         new_ids = [[] for _ in prompts]
         for new in self._decode(prompts, max_new_tokens, eos_id, sampling):
-            for number, token_id in new.items():
-                new_ids[number].append(token_id)
+            for i, token_id in new.items():
+                new_ids[i].append(token_id)
         return new_ids
 
     def stream(
@@ -474,52 +446,41 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _decode(self, prompts, max_new_tokens, eos_id, sampling):
-        """Yield {number of a prompt: its new id} for each step, without texts that have ended."""
+        """Yield {index of a prompt: its new id} for each step, without texts that have ended."""
+        device = self.wte.weight.device
         context_length = self.config.context_length
-        for number, prompt in enumerate(prompts):
+        for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= context_length:
-                raise ValueError(
-                    f"prompt {number}: {len(prompt)} tokens, not 1 to {context_length}"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-                raise ValueError(f"prompt {number} has ids outside of the vocabulary")
+                raise ValueError(f"prompt {i}: {len(prompt)} tokens, not 1 to {context_length}")
         # Prompts and their new ids, in the order of the rows in the batch
-        texts = {number: list(prompt) for number, prompt in enumerate(prompts)}
+        texts = {i: list(prompt) for i, prompt in enumerate(prompts)}
         cache = None
         with eval_mode(self):
-            for n_done in range(max_new_tokens):
+            for n_left in range(max_new_tokens, 0, -1):
                 if not texts:
                     return
                 if cache is None:
-                    cache, logits = self._prefill(list(texts.values()), max_new_tokens - n_done)
-                else:
-                    last_ids = torch.tensor([text[-1:] for text in texts.values()])  # (B, 1)
-                    x = self.features(last_ids.to(logits.device), cache)  # (B, 1, C)
-                    logits = self.lm_head(x[:, 0])  # (B, V)
-                next_ids = sample(logits, *sampling).tolist()
+                    unread = list(texts.values())
+                    n_columns = min(max(map(len, unread)) + n_left, context_length)
+                    cache = KVCache(len(unread), n_columns, device)
+                # Padding goes on the right, where the causal mask hides it from the text
+                ids = pad_sequence([torch.tensor(row) for row in unread], batch_first=True)
+                x = self.features(ids.to(device), cache)  # (B, T) -> (B, T, C)
+                lengths = torch.tensor([len(row) for row in unread])
+                logits = self.lm_head(x[torch.arange(len(x)), lengths - 1])  # (B, V)
+                cache.lengths -= ids.size(1) - lengths.to(device)  # the next ids overwrite padding
 
-                new = {number: i for number, i in zip(texts, next_ids) if i != eos_id}
+                next_ids = sample(logits, *sampling).tolist()
+                new = {i: token_id for i, token_id in zip(texts, next_ids) if token_id != eos_id}
                 if len(new) < len(texts):  # texts that have ended leave the batch
-                    cache.keep([row for row, number in enumerate(texts) if number in new])
-                    texts = {number: texts[number] for number in new}
-                for number, token_id in new.items():
-                    texts[number].append(token_id)
-                    if len(texts[number]) > context_length:
-                        texts[number] = texts[number][-max(1, context_length // 2) :]
+                    cache.keep([row for row, i in enumerate(texts) if i in new])
+                texts = {i: texts[i] + [token_id] for i, token_id in new.items()}
+                unread = [[token_id] for token_id in new.values()]
+                for i, text in texts.items():
+                    if len(text) > context_length:
+                        texts[i] = text[-max(1, context_length // 2) :]
                         cache = None  # positions have changed: read all texts again
                 yield new
-
-    def _prefill(self, texts, n_new):
-        """Read texts. -> a KVCache (see below) with room for n_new more tokens, logits (B, V)"""
-        device = self.wte.weight.device
-        lengths = torch.tensor([len(text) for text in texts], device=device)
-        # Padding goes on the right, where the causal mask hides it from the text
-        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(device)
-        n_columns = min(ids.size(1) + n_new, self.config.context_length)
-        cache = KVCache(len(texts), n_columns, device)
-        x = self.features(ids, cache)  # (B, T, C)
-        cache.lengths = lengths  # forgets the padding: the next tokens overwrite it
-        return cache, self.lm_head(x[torch.arange(len(texts)), lengths - 1])  # the last tokens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,31 +491,29 @@ class KVCache:
     """
     Keys and values of the tokens read so far. With them, a new token costs one row of attention
     instead of another pass over the whole text.
-
-    Keys and values of a layer are (B, H, n_columns, D) each; column t belongs to position t.
     """
 
     def __init__(self, n_rows, n_columns, device):
         self.n_columns = n_columns
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # tokens in each row
-        self.layers = {}  # attention layer -> (keys, values)
-        self.positions = None  # of the new tokens (B, T)
-        self.mask = None  # what they attend to (B, 1, T, columns); None: first read, plain causal
+        self.layers = {}  # attention layer -> keys, values, (B, H, n_columns, D) each
+        self.mask = None  # what the new tokens attend to; None for the first read: plain causal
 
     def extend(self, n_tokens):
         """Begin to read n_tokens more in each row. -> their positions (B, T)"""
-        new = torch.arange(n_tokens, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + new
+        device = self.lengths.device
+        self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=device)
         self.lengths = self.lengths + n_tokens
+        self.n_read = int(self.lengths.max())
         if self.layers:  # not the first read: attend to all columns up to one's own position
-            columns = torch.arange(int(self.lengths.max()), device=self.lengths.device)
-            self.mask = columns <= self.positions[:, None, :, None]  # (B, 1, T, columns)
+            columns = torch.arange(self.n_read, device=device)
+            self.mask = columns <= self.positions[:, None, :, None]  # (B, 1, T, n_read)
         return self.positions
 
     def update(self, layer, k, v):
         """
-        Store the keys and values of the new tokens, (B, H, T, D). -> the keys and values to attend
-        to: of all columns; or, when nothing was read before, just the new ones, with no mask.
+        Store the keys and values of the new tokens, (B, H, T, D) each, in the columns of their
+        positions. -> keys and values of all columns read so far, (B, H, n_read, D) each
         """
         B, H, _, D = k.shape
         if layer not in self.layers:
@@ -562,13 +521,9 @@ class KVCache:
             self.layers[layer] = [k.new_zeros(B, H, self.n_columns, D) for _ in range(2)]
         keys, values = self.layers[layer]
         rows = torch.arange(B, device=k.device)[:, None]  # (B, 1), beside positions (B, T)
-        # Such an index, with a slice between two tensors, gives (B, T, H, D)
-        keys[rows, :, self.positions] = k.transpose(1, 2)
-        values[rows, :, self.positions] = v.transpose(1, 2)
-        if self.mask is None:
-            return k, v
-        n_read = self.mask.size(-1)
-        return keys[:, :, :n_read], values[:, :, :n_read]
+        keys.transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, H, D)
+        values.transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
+        return keys[:, :, : self.n_read], values[:, :, : self.n_read]
 
     def keep(self, rows):
         """Remove all other rows of the batch."""
@@ -615,7 +570,7 @@ def eval_mode(model):
 
 
 def tour():
-    """Follow one sentence through a small model, before and after the model has learned it."""
+    """Follow one sentence through a small model that has learned it by heart."""
     torch.manual_seed(0)
     sentence = "The cat sat on the mat, and the dog sat on the cat."
     source = Path(__file__).read_text(encoding="utf-8")  # any text will do to learn a vocabulary
@@ -625,53 +580,43 @@ def tour():
     print(f"Text            {sentence!r}")
     print(f"Tokens          {'|'.join(tokens)}")
     print(f"Ids             {ids}")
-    dataset = TokenDataset(ids, context_length=len(ids) - 1)
-    inputs, targets = (x[None] for x in dataset[0])  # a batch of one, (1, T)
     pairs = ", ".join(f"{a!r} -> {b!r}" for a, b in zip(tokens[:4], tokens[1:5]))
     print(f"To be learned   {pairs} ...")
 
+    inputs = torch.tensor([ids[:-1]])  # a batch of one, (1, T)
+    targets = torch.tensor([ids[1:]])
     model = GPT(GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64))
-    x = model.wte(inputs) + model.wpe(torch.arange(inputs.size(1)))
-    print(f"\nEmbeddings      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): token + position")
-    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))
-    print(f"Attention       {list(pattern.shape)} (B, H, T, T): what each token takes from each")
-    print(f"Hidden states   {list(model.features(inputs).shape)} (B, T, C), after 2 blocks")
-    print(f"Logits          {list(model(inputs).shape)} (B, T, V): scores of every next token")
-
-    loss = model(inputs, targets)
-    uniform = math.log(tokenizer.vocab_size)
-    print(f"\nUntrained       loss {loss:.2f}; a uniform guess has ln V = {uniform:.2f}")
-    show_predictions(model, tokenizer, inputs)
+    print(f"\nA blind guess   loss {math.log(tokenizer.vocab_size):.2f} = ln V")
+    print(f"Untrained       loss {model(inputs, targets):.2f}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(50):
         loss = model(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"\nAfter 50 steps  loss {loss:.2f}: it overfits, it knows the sentence by heart")
-    show_predictions(model, tokenizer, inputs)
+    print(f"After 50 steps  loss {loss:.2f}: it overfits, it knows the sentence by heart")
 
     x = model.wte(inputs) + model.wpe(torch.arange(inputs.size(1)))
-    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))[0, 0]  # (T, T)
+    pattern = model.h[0].attn.weights(model.h[0].ln_1(x))
+    logits = model(inputs)
+    print(f"\nEmbeddings      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): token + position")
+    print(f"Attention       {list(pattern.shape)} (B, H, T, T): what each token takes from each")
+    print(f"Hidden states   {list(model.features(inputs).shape)} (B, T, C), after 2 blocks")
+    print(f"Logits          {list(logits.shape)} (B, T, V): scores of every next token")
+
     print("\nAttention pattern of the first head: each row is a token that reads, darker is more.")
     print("The causal mask hides the tokens to come, in the upper right.\n")
     shades = " .:-=+*#%@"
-    for token, row in zip(tokens, pattern / pattern.amax(dim=-1, keepdim=True)):
-        cells = "".join(2 * shades[int(9.9 * weight)] for weight in row)  # 0 to 1 -> a shade
+    for token, row in zip(tokens, pattern[0, 0]):
+        cells = "".join(2 * shades[int(9.9 * weight)] for weight in row / row.max())
         print(f"{token:>8} |{cells}|")
 
-    print(f"\nIt writes       {tokens[0]}", end="")
-    for token_id in model.stream(ids[:1], max_new_tokens=len(ids) - 1, temperature=0):
-        print(f"|{tokenizer.decode([token_id])}", end="", flush=True)
-    print()
-
-
-def show_predictions(model, tokenizer, ids):
-    probs = model(ids)[0, -1].softmax(dim=-1)
-    best = [f"{tokenizer.decode([token_id])!r} {p:.1%}" for p, token_id in zip(*probs.topk(4))]
-    print(f"after {tokenizer.decode(ids[0, -4:])!r} it expects {', '.join(best)}")
+    probs, best = logits[0, -1].softmax(dim=-1).topk(4)
+    expected = [f"{tokenizer.decode([token_id])!a} {p:.1%}" for token_id, p in zip(best, probs)]
+    print(f"\nIt expects      {', '.join(expected)} after {tokenizer.decode(ids[-5:-1])!r}")
+    new_ids = model.generate([ids[:1]], max_new_tokens=len(ids) - 1, temperature=0)[0]
+    print(f"It writes       {'|'.join(tokenizer.decode([i]) for i in ids[:1] + new_ids)}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
     tour()

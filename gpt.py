@@ -164,10 +164,10 @@ class Tokenizer:
         for i in range(len(words)):
             count_pairs(i, 1)
         merges = []
-        while len(merges) < vocab_size - 257:
+        while len(merges) < vocab_size - 257 and pair_counts:
             # Of equally frequent pairs, the last in the alphabet
-            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair), default=None)
-            if pair_counts[best] < 2:  # 0 for None
+            best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
+            if pair_counts[best] < 2:
                 break
             merges.append(" ".join(best))
             # Only words that contain this pair change: subtract their old pairs, add their new ones
@@ -216,8 +216,9 @@ def merge_pair(tokens, pair):
 
 
 def read_merges(content):
-    """Content of merges.txt -> its lines, without the one that gives the version"""
-    return [line for line in content.splitlines() if line and not line.startswith("#version")]
+    """Content of merges.txt -> its lines, without the first if it gives the version"""
+    lines = [line for line in content.splitlines() if line]
+    return lines[1:] if content.startswith("#version") else lines
 
 
 # --------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def accuracy(logits, labels):
 
 
 def format_prompt(entry):
-    """The prompt of Stanford Alpaca (Taori et al. 2023), up to where the response begins"""
+    """The prompt, after Stanford Alpaca's (Taori et al. 2023), up to where the response begins"""
     has_input = bool(entry.get("input"))
     prompt = "Below is an instruction that describes a task"
     prompt += ", paired with an input that provides further context. " if has_input else ". "
@@ -198,8 +198,8 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
     for start in range(0, len(entries), batch_size):
         batch = entries[start : start + batch_size]
         prompts = [tokenizer.encode(format_prompt(entry)) for entry in batch]
-        # The last new token is not read again, so it needs no place in the context. A row with less
-        # room than others goes on in a context that is cut; ids[:n] drops that.
+        # The last new token is never read, hence + 1. A row that fills its context before others
+        # do goes on in a cut one; ids[:n] drops those tokens.
         room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
         n_new = min(max_new_tokens, max(room))
         new_ids = model.generate(prompts, n_new, temperature=0, eos_id=tokenizer.eot)
@@ -236,8 +236,9 @@ class LoRALinear(nn.Module):
 
 def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
     """
-    Freeze a model in place and give each nn.Linear with a name in targets ("c_attn", or longer, as
-    "h.0.attn.c_attn") an adapter. Raises ValueError for a target that no layer has.
+    Freeze a model in place and give an adapter to each nn.Linear whose name is or ends in one of
+    targets ("c_attn", or longer, as "h.0.attn.c_attn").
+    Raises ValueError for a target that no layer has.
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank {rank} is not positive")
@@ -412,7 +413,7 @@ def batches_by_length(lengths, batch_size, n_epochs, seed):
     """
     -> batches, each an array of rows. They come in random order, but the rows of a batch have
     similar lengths: on short messages, this saves a third of the tokens, which would be padding.
-    Rows that do not fill a batch are left out, other ones in each epoch.
+    Rows that do not fill a batch are left out, different ones in each epoch.
     """
     rng = np.random.default_rng(seed)
     n_full = len(lengths) // batch_size * batch_size
@@ -473,7 +474,10 @@ def load_base(config):
 
 
 def finetune(config, model, datasets, collate_fn, content, *, save, report, classes=None):
-    """Train. datasets: for training, validation, test. save(model) gets it with merged adapters."""
+    """
+    Train. datasets: for training, validation, test. save(model): called with adapters merged.
+    content, report: see `train`. classes: of a classifier.
+    """
     training, validation, test = datasets
     n_truncated = sum(dataset.n_truncated for dataset in datasets)
     sizes = (
@@ -496,7 +500,7 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
         return collate_fn([training[row] for row in batches[step]])
 
     def save_best():
-        # Files of an earlier run
+        # These belong to earlier weights, of this run or of another
         shutil.rmtree(config.out / "adapter", ignore_errors=True)
         (config.out / "responses.json").unlink(missing_ok=True)
         if config.lora_rank:

@@ -70,7 +70,8 @@ GPT2_CONFIGS = {
 # occur often, each made by merging two earlier tokens.
 
 # GPT-2 first splits a text into contractions, words, numbers, punctuation and white space. A word,
-# number or punctuation keeps the space before it. Tokens never cross these splits.
+# number or punctuation keeps the space before it, which \s+(?!\S) leaves over. Tokens never cross
+# these splits.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # GPT-2's order of the 256 bytes: the 188 printable ones, then the other 68. Its files write the
@@ -88,7 +89,7 @@ class Tokenizer:
     """
     GPT-2's byte-level BPE. tiktoken encodes; `train` and `apply_merges` show how it works.
 
-    merges: lines of merges.txt, two tokens with a space between, in the order of their learning.
+    merges: lines of merges.txt, two tokens with a space between, in the order they were learned in.
     vocab: {token: id} as in vocab.json. By default ids 0 to 255 are the bytes, then each merge has
         one, then <|endoftext|>. Entries that no merge makes are special tokens.
     Raises KeyError for a merge that is not in vocab, ValueError if ids do not follow the merges.
@@ -135,7 +136,7 @@ class Tokenizer:
     def apply_merges(self, word):
         """
         BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"], if "Ġt he" was not learned.
-        Apply the merges in the order of their learning. `encode` does the same, faster.
+        Apply the merges in the order they were learned in. `encode` does the same, faster.
         """
         tokens = spell(word)
         for merge in self.merges:
@@ -283,6 +284,7 @@ class CausalSelfAttention(nn.Module):
 
     The query of a token is compared with the keys of all tokens up to itself. The better a key
     matches, the more of that token's value is taken. Each head does this in D channels of its own.
+    Scores are divided by sqrt(D), because those of more channels vary more.
     """
 
     def __init__(self, config):
@@ -340,8 +342,9 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """
-    Pre-norm transformer block: attention, then MLP, each added to the residual stream through a
-    shortcut (skip connection). (B, T, C) -> (B, T, C)
+    Transformer block: attention, then MLP, each added to the residual stream through a shortcut
+    (skip connection). Each reads a normalized copy of the stream (pre-norm): LayerNorm brings every
+    vector to mean 0 and variance 1. (B, T, C) -> (B, T, C)
     """
 
     def __init__(self, config):
@@ -403,8 +406,8 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None):
         """
-        ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats over the
-        targets that are not -100.
+        ids (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy over the targets
+        that are not -100, in nats (natural logarithm).
         """
         logits = self.lm_head(self.features(ids))
         if targets is None:
@@ -469,7 +472,8 @@ class GPT(nn.Module):
                 x = self.features(ids.to(device), cache)  # (B, T) -> (B, T, C)
                 lengths = torch.tensor([len(row) for row in unread])
                 logits = self.lm_head(x[torch.arange(len(x)), lengths - 1])  # (B, V)
-                cache.lengths -= ids.size(1) - lengths.to(device)  # the next ids overwrite padding
+                # The cache counted the padding too; taken back, the next ids overwrite it
+                cache.lengths -= ids.size(1) - lengths.to(device)
 
                 next_ids = sample(logits, *sampling).tolist()
                 new = {i: token_id for i, token_id in zip(texts, next_ids) if token_id != eos_id}
@@ -491,7 +495,7 @@ class GPT(nn.Module):
 class KVCache:
     """
     Keys and values of the tokens read so far. With them, a new token costs one row of attention
-    instead of another pass over the whole text.
+    instead of another pass over the whole text. A row is a text, a column a position in it.
     """
 
     def __init__(self, n_rows, n_columns, device):
@@ -608,8 +612,8 @@ def tour():
     print("\nAttention pattern of the first head: each row is a token that reads, darker is more.")
     print("The causal mask hides the tokens to come, in the upper right.\n")
     shades = " .:-=+*#%@"
-    for token, row in zip(tokens, pattern[0, 0]):
-        cells = "".join(2 * shades[int(9.9 * weight)] for weight in row / row.max())
+    for token, row in zip(tokens, pattern[0, 0].tolist()):
+        cells = "".join(2 * shades[int(9.9 * weight / max(row))] for weight in row)
         print(f"{token:>8} |{cells}|")
 
     probs, best = logits[0, -1].softmax(dim=-1).topk(4)

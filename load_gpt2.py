@@ -230,20 +230,21 @@ def read_config(path):
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
     folder = Path(folder)
-    merges_path, path = folder / "merges.txt", folder / "vocab.json"
-    if merges_path.exists() or path.exists():  # a folder that lacks one is damaged
-        vocab = read_json(path)
+    merges_path = folder / "merges.txt"
+    vocab_path = folder / "vocab.json"
+    if merges_path.exists() or vocab_path.exists():  # a folder that lacks one is damaged
+        source = f"{merges_path} with vocab.json"
+        vocab = read_json(vocab_path)
         with named_errors(merges_path):
             merges = read_merges(merges_path.read_text(encoding="utf-8"))
-        path = f"{merges_path} with vocab.json"
     elif (folder / "tokenizer.json").exists():
-        path = folder / "tokenizer.json"
-        merges, vocab = read_tokenizer_json(path)
+        source = folder / "tokenizer.json"
+        merges, vocab = read_tokenizer_json(source)
     elif vocab_size == GPTConfig.vocab_size:
         return Tokenizer.gpt2()
     else:
         raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
-    with named_errors(path):
+    with named_errors(source):
         ids = vocab.values()
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(set(ids)) < len(ids):
             raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
@@ -344,7 +345,7 @@ def cache_folder(name):
 
 def fetch_from_hub(name):
     """Download what the cache lacks of a model. -> its folder in the cache"""
-    # OWNER/NAME; but if a folder OWNER exists, it is a path that does not
+    # OWNER/NAME; but if there is a folder OWNER, the path of a folder was meant, which is missing
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
     if name not in GPT2_CONFIGS and (not is_hub_name or Path(name).parent.is_dir()):
         known = ", ".join(GPT2_CONFIGS)
@@ -410,8 +411,8 @@ LONGEST_WAIT = 300  # seconds; the hub limits the rate of requests in windows of
 def download(url, path, token=""):
     """
     Download a file, unless it exists. If the network fails or the server is busy, it tries again, a
-    few times, and goes on where it stopped, as does the next process. Length and, if the hub gives
-    it, SHA-256 are checked. token: for the hub; it is not sent to other hosts.
+    few times, and goes on where it stopped; so does a later run. Length and, if the hub gives it,
+    SHA-256 are checked. token: for the hub; it is not sent to other hosts.
     Raises requests.RequestException, or ValueError for a wrong SHA-256.
     """
     path = Path(path)
@@ -428,7 +429,7 @@ def download(url, path, token=""):
 
 
 def complete(url, path, token):
-    """Repeat `fetch_rest` until the file is complete, or until it brings nothing any more."""
+    """Repeat `fetch_rest` until the file is complete. Give up after 5 retries without progress."""
     part = Path(f"{path}.part")
     largest = part.stat().st_size if part.exists() else 0
     waits = iter(WAITS)
@@ -443,10 +444,8 @@ def complete(url, path, token):
             wait = next(waits, math.inf)
             if error.response is not None:
                 status = error.response.status_code
-                if status < 500 and status not in (
-                    416,
-                    429,
-                ):  # 416: the part is too long; 429: busy
+                # 416: the part is too long; 429: busy
+                if status < 500 and status not in (416, 429):
                     raise
                 seconds = error.response.headers.get("Retry-After", "")
                 wait = max(wait, int(seconds) if seconds.isdecimal() else 0)
@@ -490,7 +489,7 @@ def fetch_rest(url, path, token):
                 done = f"{file.tell() / 1e6:.0f} of {size / 1e6:.0f} MB"
                 show_progress(f"{path.name}: {done}, {speed / 1e6:.1f} MB/s, {left:.0f} s left")
         show_progress("")
-        if size not in (part.stat().st_size, math.inf):
+        if size < math.inf and part.stat().st_size != size:  # inf: the server gave no length
             raise requests.ConnectionError(f"{url}: the connection was closed before the end")
     for hop in response.history:
         # When the hub redirects to its storage host, it gives the SHA-256 of a large file
@@ -503,7 +502,7 @@ def fetch_rest(url, path, token):
 
 
 # --------------------------------------------------------------------------------------------------
-# What all scripts share: texts, devices, progress, and errors of one line
+# What all scripts share: texts, devices, progress, and one-line errors
 
 
 def encode_documents(text, tokenizer):
@@ -569,7 +568,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse with defaults in --help, and errors of one line"""
+    """argparse with defaults in --help, and one-line errors"""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)

@@ -2,7 +2,8 @@
 Pretraining, and the training loop that finetuning uses too.
 
     python train.py                                                 data/stories.txt -> out/stories
-    python train.py --text book.txt --model gpt2 --out out/book
+    python train.py --text book.txt --model gpt2 --out out/book     the size of GPT-2, from scratch
+    python train.py --text book.txt --init gpt2                     from OpenAI's weights
     python train.py --bin 'data/corpus/*.bin' --model gpt2          token files
     torchrun --nproc_per_node=8 train.py --text book.txt            several GPUs
 
@@ -120,8 +121,8 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     optimizers = create_optimizers(model.to(device), config)
     settings = {name: v for name, v in vars(config).items() if name not in config.may_change}
     settings["checksum of the data"] = zlib.crc32(repr(content).encode())
-    # The rows of losses.csv
-    history = [{"step": 0}] if config.overwrite else read_state(out, settings, model, optimizers)
+    # The rows of losses.csv. With them, load_state restores the model and the optimizers
+    history = [{"step": 0}] if config.overwrite else load_state(out, settings, model, optimizers)
     first_step = history[-1]["step"]
     if first_step > 0:
         what = "finished at" if first_step >= config.steps else "going on from"
@@ -131,7 +132,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
-    # No other run may write to the folder; if one does, this raises an OSError
+    # No other run may write to the folder: `with lock` raises an OSError if one does
     lock = filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext()
 
     def validate(status):
@@ -149,7 +150,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
 
     with lock, catch_signals() as signals:
         if first_step == 0:
-            save_state()  # before any weights: a folder with weights alone is another model's
+            save_state()  # before any weights: load_state refuses a folder with weights alone
             validate(f"step     0/{config.steps}")
         for step in range(first_step, config.steps):
             start_time = time.perf_counter()
@@ -286,9 +287,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 if not state:  # the first step
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(state["momentum"], group["momentum"]))
+                    state["average"] = torch.zeros_like(p)
+                state["average"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(state["average"], group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
@@ -350,7 +351,7 @@ def start_processes(device):
     """Join the processes that torchrun started, if it did. On GPUs, each has one of its own."""
     if dist.is_torchelastic_launched():
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from now on
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this GPU
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
@@ -376,7 +377,7 @@ def sum_over_processes(numbers, device):
 # The folder of a run
 
 
-def read_state(out, settings, model, optimizers):
+def load_state(out, settings, model, optimizers):
     """
     Load the state that an earlier start saved, if there was one. -> history
     Raises ValueError for other settings, or if the folder holds something else.
@@ -388,7 +389,7 @@ def read_state(out, settings, model, optimizers):
             raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
         return [{"step": 0}]
     with named_errors(path):
-        if zipfile.ZipFile(path).testzip():  # torch.load does not check them
+        if zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
@@ -495,9 +496,9 @@ def read_tokens(path, vocab_size):
 
 def split_tokens(shards, context_length):
     """
-    (name, tokens) pairs -> training and validation, lists of tokens. For validation: shards with
-    val in their names, or else the last tenth of the longest, at most a million tokens. Shards that
-    are shorter than a window are left out.
+    (name, tokens) pairs -> training, validation: lists of arrays of tokens. For validation: shards
+    with val in their names, or else the last tenth of the longest, at most a million tokens. Shards
+    that are shorter than a window are left out.
     """
     shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
     training = [tokens for name, tokens in shards if "val" not in name]
@@ -533,7 +534,7 @@ class PretrainConfig(TrainConfig):
     bin: list | None = option(None, "token files, instead of texts; val in a name: for validation")
     model: str = option("nano", "size of the model", choices=MODELS)
     init: str | None = option(None, "start from this model: a folder or a name on the hub")
-    tokenizer: str | None = option(None, "folder of the tokenizer of --bin (default: GPT-2's)")
+    tokenizer: str | None = option(None, "folder of a tokenizer (default with --bin: GPT-2's)")
     vocab_size: int | None = option(None, "learn this vocabulary (default: the model's)")
     context_length: int | None = option(None, "tokens in a window (default: the model's)")
     dropout: float | None = option(None, "default: that of --model; 0 with --init")
@@ -550,8 +551,8 @@ class PretrainConfig(TrainConfig):
             raise ValueError("eval-windows must be positive")
         if self.bin and (self.text or self.vocab_size is not None):
             raise ValueError("--bin excludes --text and --vocab-size; see --tokenizer")
-        if self.init and (self.tokenizer or self.vocab_size is not None):
-            raise ValueError("--init brings its own vocabulary")
+        if bool(self.init) + bool(self.tokenizer) + (self.vocab_size is not None) > 1:
+            raise ValueError("--init, --tokenizer and --vocab-size exclude each other")
 
 
 def is_small(config):

@@ -460,7 +460,8 @@ def load_base(config):
         "context_length": base.config.context_length,
     }
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **missing)
+    # A tuple, as the default: a resumed run compares them
+    config = replace(config, lora_targets=tuple(config.lora_targets), **missing)
     if config.context_length > base.config.context_length:
         raise ValueError(f"{config.init} has a --context-length of {base.config.context_length}")
     torch.manual_seed(config.seed)

@@ -298,7 +298,9 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     tokenizer.save(part)
     write_json(part / "tokenizer_config.json", tokenizer_config)
     write_json(part / "config.json", config)
-    for path in part.iterdir():
+    # config.json last: without it, a folder that is half replaced does not load
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
     # Left by another model, these would be read instead of what was written

@@ -152,6 +152,8 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
         if first_step == 0:
             save_state()  # before any weights: load_state refuses a folder with weights alone
             validate(f"step     0/{config.steps}")
+        elif first_step >= config.steps and "val_loss" not in history[-1]:
+            validate(f"step {first_step:5d}/{config.steps}")  # stopped there, and now the end
         for step in range(first_step, config.steps):
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)

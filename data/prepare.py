@@ -80,6 +80,8 @@ def main():
     args = parser.parse_args()
     tokenizer = read_tokenizer(args.tokenizer, 2**16) if args.tokenizer else Tokenizer.gpt2()
     pieces = plan_pieces(args.texts)
+    if not pieces:
+        raise ValueError("no text")
     args.out.mkdir(parents=True, exist_ok=True)
     times = [path.stat().st_mtime for path in args.texts]
     plan = {"pieces": pieces, "times": times, "vocab": tokenizer.vocab}

@@ -431,6 +431,21 @@ def test_a_run_stopped_in_any_step_goes_on_to_the_same_end(tmp_path, stop):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_that_ends_where_it_was_stopped_is_validated(tmp_path):
+    def get_batch(step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return toy_batch(step)
+
+    assert toy_run(tmp_path, get_batch=get_batch)  # after step 7, between two validations
+    assert not toy_run(tmp_path, steps=7)
+    rows = read_losses(tmp_path)
+    assert len(rows) == 8 and rows[-1]["val_loss"]
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)["model"]
+    best = load_gpt2_py.read_safetensors(tmp_path / "model.safetensors")
+    assert all(torch.equal(best[name], state[name]) for name in state)
+
+
 def test_a_second_signal_interrupts_at_once(tmp_path):
     def get_batch(step):
         os.kill(os.getpid(), signal.SIGINT)

@@ -989,7 +989,7 @@ def make_bad_inputs(folder):
         (["--bin", "{}/good.bin", "--text", "{}/text.txt"], "--text"),
         (["--model", "gpt5"], "invalid choice: 'gpt5'"),
         (["--init", "{}/nowhere"], "nowhere is neither a folder"),
-        (["--vocab-size", "400"], "vocabulary"),
+        (["--vocab-size", "400"], "--vocab-size"),
         (["--vocab-size", "100", "--init", ""], "vocab_size=100"),
         (["--vocab-size", "0", "--init", ""], ""),
         (["--context-length", "0", "--init", ""], "positive"),

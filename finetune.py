@@ -198,8 +198,8 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
     for start in range(0, len(entries), batch_size):
         batch = entries[start : start + batch_size]
         prompts = [tokenizer.encode(format_prompt(entry)) for entry in batch]
-        # The last new token is never read, hence + 1. A row that fills its context before others
-        # do goes on in a cut one; ids[:n] drops those tokens.
+        # The last new token needs no position, hence + 1. A row that outgrows its context before
+        # others goes on with a shortened text (see GPT.generate); ids[:n] drops these tokens.
         room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
         n_new = min(max_new_tokens, max(room))
         new_ids = model.generate(prompts, n_new, temperature=0, eos_id=tokenizer.eot)
@@ -435,10 +435,12 @@ class FinetuneConfig(TrainConfig):
     steps: int | None = option(None, "instead of --epochs")
     learning_rate: float | None = option(None, "peak (default: 5e-5; LoRA 1e-3; small model 2e-3)")
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
-    epochs: float = option(4.0, "how often each row is seen")
+    epochs: float = option(4.0, "passes over the training rows")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
     context_length: int | None = option(None, "cut rows to this length (default: the model's)")
-    dropout: float | None = option(None, "also before adapters (default: 0.1; small model 0.15)")
+    dropout: float | None = option(
+        None, "in the model, before adapters too (default: 0.1; small model 0.15)"
+    )
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
     lora_targets: list = option(LORA_TARGETS, "layers with adapters")
@@ -580,7 +582,7 @@ def classify(config):
 class InstructConfig(FinetuneConfig):
     data: str = option(str(DATA / "instructions.json"), "file or URL with instructions")
     out: Path = option(Path("out/assistant"), "output folder")
-    epochs: float = option(6.0, "how often each row is seen")
+    epochs: float = option(6.0, "passes over the training rows")
     batch_size: int = option(8, "sequences per update, over all processes")
     max_new_tokens: int = option(256, "longest response")
 

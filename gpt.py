@@ -70,8 +70,8 @@ GPT2_CONFIGS = {
 # occur often, each made by merging two earlier tokens.
 
 # GPT-2 first splits a text into contractions, words, numbers, punctuation and white space. A word,
-# number or punctuation keeps the space before it, which \s+(?!\S) leaves over. Tokens never cross
-# these splits.
+# number or punctuation keeps the space before it: \s+(?!\S) stops one character earlier. Tokens
+# never cross these splits.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # GPT-2's order of the 256 bytes: the 188 printable ones, then the other 68. Its files write the
@@ -91,7 +91,7 @@ class Tokenizer:
 
     merges: lines of merges.txt, two tokens with a space between, in the order they were learned in.
     vocab: {token: id} as in vocab.json. By default ids 0 to 255 are the bytes, then each merge has
-        one, then <|endoftext|>. Entries that no merge makes are special tokens.
+        one, then <|endoftext|>. What is neither a byte nor made by a merge is a special token.
     Raises KeyError for a merge that is not in vocab, ValueError if ids do not follow the merges.
     """
 
@@ -344,7 +344,8 @@ class Block(nn.Module):
     """
     Transformer block: attention, then MLP, each added to the residual stream through a shortcut
     (skip connection). Each reads a normalized copy of the stream (pre-norm): LayerNorm brings every
-    vector to mean 0 and variance 1. (B, T, C) -> (B, T, C)
+    vector to mean 0 and variance 1, then scales and shifts each channel as learned.
+    (B, T, C) -> (B, T, C)
     """
 
     def __init__(self, config):
@@ -464,7 +465,7 @@ class GPT(nn.Module):
                 if not texts:
                     return
                 if cache is None:
-                    unread = list(texts.values())
+                    unread = list(texts.values())  # not in a cache yet; later one new id per row
                     n_columns = min(max(map(len, unread)) + n_left, context_length)
                     cache = KVCache(len(unread), n_columns, device)
                 # Padding goes on the right, where the causal mask hides it from the text
@@ -509,7 +510,7 @@ class KVCache:
         device = self.lengths.device
         self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=device)
         self.lengths = self.lengths + n_tokens
-        self.n_read = int(self.lengths.max())
+        self.n_read = int(self.lengths.max())  # columns in use
         if self.layers:  # not the first read: attend to all columns up to one's own position
             columns = torch.arange(self.n_read, device=device)
             self.mask = columns <= self.positions[:, None, :, None]  # (B, 1, T, n_read)

@@ -1,6 +1,7 @@
 """
 GPT-2's weights in and out: the safetensors format by hand, Hugging Face folders, the download from
-the Hugging Face hub, and text completion on the command line.
+the Hugging Face hub, and text completion on the command line. It also holds what all scripts share:
+encoding texts, devices, progress, one-line errors.
 
     python load_gpt2.py gpt2 --prompt "Every effort moves you"
     python load_gpt2.py out/stories --prompt "One day"
@@ -298,14 +299,13 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     tokenizer.save(part)
     write_json(part / "tokenizer_config.json", tokenizer_config)
     write_json(part / "config.json", config)
-    # config.json last: without it, a folder that is half replaced does not load
-    (folder / "config.json").unlink(missing_ok=True)
+    # Files of another model. config.json comes back last: a folder without it does not load
+    stale = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
+    for name in ("config.json", *stale):
+        (folder / name).unlink(missing_ok=True)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
-    # Left by another model, these would be read instead of what was written
-    for name in ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -353,7 +353,7 @@ def fetch_from_hub(name):
         known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
     folder = cache_folder(name)
-    if not folder.exists():
+    if not folder.exists():  # a copy under the short name would be used
         name = HUB_NAMES.get(name, name)
         folder = cache_folder(name)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
@@ -368,7 +368,7 @@ def fetch_from_hub(name):
         cached = [file_name for file_name in file_names if (folder / file_name).exists()]
         for file_name in cached or file_names:
             try:
-                download(f"{url}/{file_name}", folder / file_name, token)
+                download(f"{url}/{file_name}", folder / file_name, token)  # unless it exists
                 if not cached:
                     fetched.append(folder / file_name)
                 return file_name
@@ -443,7 +443,7 @@ def complete(url, path, token):
             if size > largest:
                 waits = iter(WAITS)
                 largest = size
-            wait = next(waits, math.inf)
+            wait = next(waits, math.inf)  # infinity if no retries are left
             if error.response is not None:
                 status = error.response.status_code
                 # 416: the part is too long; 429: busy

@@ -150,10 +150,11 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
 
     with lock, catch_signals() as signals:
         if first_step == 0:
-            save_state()  # before any weights: load_state refuses a folder with weights alone
+            save_state()  # before any weights: a folder with weights alone could not go on
             validate(f"step     0/{config.steps}")
         elif first_step >= config.steps and "val_loss" not in history[-1]:
-            validate(f"step {first_step:5d}/{config.steps}")  # stopped there, and now the end
+            # A longer run was stopped here without a validation, and --steps has been lowered
+            validate(f"step {first_step:5d}/{config.steps}")
         for step in range(first_step, config.steps):
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
@@ -499,8 +500,8 @@ def read_tokens(path, vocab_size):
 def split_tokens(shards, context_length):
     """
     (name, tokens) pairs -> training, validation: lists of arrays of tokens. For validation: shards
-    with val in their names, or else the last tenth of the longest, at most a million tokens. Shards
-    that are shorter than a window are left out.
+    with val in their names, or else the last tenth of the longest (a window to a million tokens).
+    Shards that are shorter than a window are left out.
     """
     shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
     training = [tokens for name, tokens in shards if "val" not in name]
@@ -544,7 +545,7 @@ class PretrainConfig(TrainConfig):
     eval_windows: int = option(64, "windows in a validation, about")
     compile: bool | None = option(None, "torch.compile the model (default: on CUDA, with Triton)")
 
-    # Data may move; its content is compared
+    # Data may move: its lengths and first tokens are compared; compile changes no result
     may_change = TrainConfig.may_change | {"text", "bin", "compile"}
 
     def __post_init__(self):

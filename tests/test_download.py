@@ -682,8 +682,8 @@ PICKLE = {"config.json": b'{"model_type": "gpt2"}', "pytorch_model.bin": b""}
 @pytest.mark.parametrize(
     "name, files, faults, message",
     [
-        ("out/storie", {}, [fails(401)], "out/storie is not a folder"),
-        ("out/storie", {}, [], "out/storie is not a folder"),
+        ("outer/storie", {}, [fails(401)], "outer/storie is not a folder"),
+        ("outer/storie", {}, [], "outer/storie is not a folder"),
         ("a/b/c", {}, [], "a/b/c is neither a folder nor a name on the hub"),
         ("../b", {}, [], "../b is neither a folder nor a name on the hub"),
         ("a/..", {}, [], "a/.. is neither a folder nor a name on the hub"),

@@ -242,8 +242,10 @@ class TokenDataset(Dataset):
         self.tokens = tokens
         self.context_length = context_length
         self.stride = context_length if stride is None else stride
+        if context_length < 1 or self.stride < 1:
+            raise ValueError(f"{context_length=} and {stride=} must be at least 1")
         self.last_start = len(tokens) - context_length - 1  # the last target needs one more token
-        if context_length < 1 or self.last_start < 0:
+        if self.last_start < 0:
             raise ValueError(f"{len(tokens):,} tokens are too few for {context_length=} + 1")
 
     def __len__(self):
@@ -457,6 +459,8 @@ class GPT(nn.Module):
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= context_length:
                 raise ValueError(f"prompt {i}: {len(prompt)} tokens, not 1 to {context_length}")
+            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                raise ValueError(f"prompt {i} has ids outside of the vocabulary")
         # Prompts and their new ids, in the order of the rows in the batch
         texts = {i: list(prompt) for i, prompt in enumerate(prompts)}
         cache = None

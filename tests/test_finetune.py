@@ -23,6 +23,7 @@ from conftest import run_main
 import finetune as finetune_py
 import load_gpt2 as load_gpt2_py
 from finetune import (
+    LORA_TARGETS,
     ClassificationDataset,
     GPTClassifier,
     InstructionDataset,
@@ -676,7 +677,8 @@ def test_the_same_command_repeats_the_report_of_a_finished_run(
     code, first, error = run(monkeypatch, capsys, *args)
     assert code == 0, error
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    code, second, error = run(monkeypatch, capsys, *args)
+    # Spelled out, the default is the same setting
+    code, second, error = run(monkeypatch, capsys, *args, "--lora-targets", *LORA_TARGETS)
     assert code == 0, error
     assert "finished at step 5" in second
     assert second.partition("loss  accuracy")[2] == first.partition("loss  accuracy")[2] != ""

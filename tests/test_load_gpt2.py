@@ -397,6 +397,26 @@ def test_paths_are_str_or_path(tmp_path, kind):
     assert json.loads((tmp_path / "y").read_text("utf-8")) == {"é": 1}
 
 
+def test_a_folder_that_is_half_replaced_does_not_load(monkeypatch, tmp_path):
+    """It could have new weights and an old vocabulary."""
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == tmp_path / "vocab.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    model, tokenizer = load(TINY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        save_gpt2(model, tokenizer, tmp_path)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load(tmp_path)
+    save_gpt2(model, tokenizer, tmp_path)
+    assert same_weights(load(tmp_path)[0], model)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_readers_of_a_folder_take_str_or_path(tmp_path, kind):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)

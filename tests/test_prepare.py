@@ -221,6 +221,7 @@ def test_other_texts_are_refused(monkeypatch, capsys, made, tmp_path):
     "args, message",
     [
         (["{}/missing.txt"], "missing.txt"),
+        (["{}/empty.txt"], "no text"),
         (["{}/latin1.txt"], "latin1.txt"),
         (["{}/good.txt", "{}/latin1.txt"], "latin1.txt"),
         (["{}"], ""),
@@ -231,6 +232,7 @@ def test_other_texts_are_refused(monkeypatch, capsys, made, tmp_path):
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, args, message):
     (tmp_path / "good.txt").write_text("A good text. " * 20)
+    (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin1.txt").write_bytes("Caf\u00e9 au lait. ".encode("latin-1") * 10)
     filled = [arg.replace("{}", str(tmp_path)) for arg in args]
     filled = ["--out", tmp_path / "out", "--tokenizer", TINY, *filled]

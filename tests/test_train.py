@@ -963,6 +963,9 @@ def make_bad_inputs(folder):
     write_llmc(folder / "cut.bin", range(100), n=200)
     write_llmc(folder / "no-ids.bin", [])
     write_llmc(folder / "llama3.bin", range(100), magic=20240801)
+    (folder / "characters").mkdir()
+    save_ids(folder / "characters" / "train.bin", [1, 2, 60] * 100)
+    (folder / "characters" / "meta.pkl").touch()
     save_ids(folder / "only_val.bin", range(100))
     save_ids(folder / "good.bin", range(200))
 
@@ -984,6 +987,7 @@ def make_bad_inputs(folder):
         (["--bin", "{}/no-ids.bin"], "no-ids.bin"),
         (["--bin", "{}/cut.bin"], "cut.bin: 100 tokens, but its header says 200"),
         (["--bin", "{}/llama3.bin"], "llama3.bin: [20240801"),
+        (["--bin", "{}/characters/train.bin"], "meta.pkl"),
         (["--bin", "{}/only_val.bin"], "for training"),
         (["--bin", "{}/good.bin", "--tokenizer", "{}/nowhere", "--init", ""], "nowhere"),
         (["--bin", "{}/good.bin", "--text", "{}/text.txt"], "--text"),

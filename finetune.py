@@ -443,7 +443,7 @@ class FinetuneConfig(TrainConfig):
     )
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
-    lora_targets: list = option(LORA_TARGETS, "layers with adapters")
+    lora_targets: str = option(LORA_TARGETS, "layers with adapters", nargs="+")
 
     # Data may move, as its content is compared; epochs only set the number of steps
     may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
@@ -530,7 +530,7 @@ class ClassifyConfig(FinetuneConfig):
     out: Path = option(Path("out/spam"), "output folder")
     text_column: str = option("text", "column of the texts")
     label_column: str = option("label", "column of the classes")
-    last_block: bool = option(False, "train only the last block and the head, which is faster")
+    last_block: bool = option(False, "train only the last block and the head", action="store_true")
 
 
 def classify(config):

@@ -1,14 +1,12 @@
 """
-GPT-2 in one file: tokenizer, dataset, attention, MLP, transformer block, model, sampling, KV cache.
+GPT-2 in one file. `python gpt.py` follows one sentence through a small model.
 
-Read it from top to bottom. The tokenizer turns a text into token ids. The dataset cuts the ids into
-windows to learn from. The model turns each window into logits, one score per vocabulary entry for
-the next token. Sampling from these scores, one token at a time, generates text.
+The tokenizer turns a text into token ids. The dataset cuts the ids into windows to learn from. The
+model turns each window into logits, one score per vocabulary entry for the next token. Sampling
+from these scores, one token at a time, generates text.
 
 Shapes in comments: B batch, T tokens (time), C channels (n_embd), H heads, D head size (C / H),
 V vocabulary size.
-
-    python gpt.py       a tour: one sentence on its way through a small model
 """
 
 import codecs
@@ -44,13 +42,11 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.context_length, self.n_layer, self.n_head, self.n_embd)
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"every size must be a positive integer: {self}")
+        *sizes, dropout = vars(self).values()
+        if not all(type(size) is int and size > 0 for size in sizes) or not 0 <= dropout < 1:
+            raise ValueError(f"sizes must be positive integers, dropout in [0, 1): {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
 
 
 # Sizes: Radford et al. 2019, table 2; distilgpt2 was made by Hugging Face (Sanh et al. 2019)
@@ -69,9 +65,8 @@ GPT2_CONFIGS = {
 # The vocabulary is the 256 bytes, so that every text can be encoded, and then byte sequences that
 # occur often, each made by merging two earlier tokens.
 
-# GPT-2 first splits a text into contractions, words, numbers, punctuation and white space. A word,
-# number or punctuation keeps the space before it: \s+(?!\S) stops one character earlier. Tokens
-# never cross these splits.
+# A text is first split into contractions, words, numbers, punctuation and white space. A word keeps
+# the space before it: \s+(?!\S) stops one character earlier. Tokens never cross these splits.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # GPT-2's order of the 256 bytes: the 188 printable ones, then the other 68. Its files write the
@@ -90,25 +85,23 @@ class Tokenizer:
     GPT-2's byte-level BPE. tiktoken encodes; `train` and `apply_merges` show how it works.
 
     merges: lines of merges.txt, two tokens with a space between, in the order they were learned in.
-    vocab: {token: id} as in vocab.json. By default ids 0 to 255 are the bytes, then each merge has
-        one, then <|endoftext|>. What is neither a byte nor made by a merge is a special token.
+    vocab: {token: id} as in vocab.json; by default the 256 bytes, the merges, then <|endoftext|>.
+        What is neither a byte nor made by a merge is a special token.
     Raises KeyError for a merge that is not in vocab, ValueError if ids do not follow the merges.
     """
 
     def __init__(self, merges, vocab=None):
         self.merges = merges
-        learned = [merge.replace(" ", "") for merge in merges]
-        tokens = CHARS + learned
+        tokens = CHARS + [merge.replace(" ", "") for merge in merges]
         if vocab is None:
             vocab = {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}
         self.vocab = vocab
         self.eot = vocab[END_OF_TEXT]
         self.vocab_size = max(vocab.values()) + 1
-
         # tiktoken first applies the merge with the lowest id, so ids must be in the merges' order
-        ids = [vocab[token] for token in learned]
-        if ids != sorted(set(ids)):
-            raise ValueError("the ids of the vocabulary do not follow the order of the merges")
+        ids = [vocab[token] for token in tokens[256:]]
+        if ids != sorted(set(ids)) or len(set(vocab.values())) < len(vocab):
+            raise ValueError("ids must differ, and follow the order of the merges")
         token_bytes = {token: bytes([CHAR_TO_BYTE[char] for char in token]) for token in tokens}
         self.encoding = tiktoken.Encoding(
             "gpt2",
@@ -135,8 +128,8 @@ class Tokenizer:
 
     def apply_merges(self, word):
         """
-        BPE encoding, spelled out for readers: " the" -> ["Ġt", "he"], if "Ġt he" was not learned.
-        Apply the merges in the order they were learned in. `encode` does the same, faster.
+        BPE encoding, spelled out: apply the merges in the order they were learned in. " the" ->
+        ["Ġt", "he"], if "Ġt he" was not learned. `encode` does the same, faster.
         """
         tokens = spell(word)
         for merge in self.merges:
@@ -145,10 +138,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, text, vocab_size):
-        """
-        Learn the merges from a text: repeatedly merge the most frequent pair of adjacent tokens.
-        The vocabulary stays smaller than vocab_size if no pair is left that occurs twice.
-        """
+        """Repeatedly merge the most frequent pair of adjacent tokens, while one occurs twice."""
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size}: the bytes and {END_OF_TEXT} alone need 257")
         word_counts = Counter(regex.findall(SPLIT_PATTERN, text))
@@ -430,9 +420,7 @@ class GPT(nn.Module):
         top_p: nucleus sampling (Holtzman et al. 2019): sample from the smallest set of most likely
             tokens that have a total probability of at least p. With top_k, among those k.
         eos_id: this id ends a text and is not returned. generator: a torch.Generator.
-
-        A text that outgrows the context is cut to its last half and read again from position 0;
-        cutting off less would mean reading it again more often.
+        A text that outgrows the context is cut to its last half and read again from position 0.
         Raises ValueError for a prompt or a setting out of range.
         """
         sampling = (temperature, top_k, top_p, generator)
@@ -459,8 +447,6 @@ class GPT(nn.Module):
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= context_length:
                 raise ValueError(f"prompt {i}: {len(prompt)} tokens, not 1 to {context_length}")
-            if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-                raise ValueError(f"prompt {i} has ids outside of the vocabulary")
         # Prompts and their new ids, in the order of the rows in the batch
         texts = {i: list(prompt) for i, prompt in enumerate(prompts)}
         cache = None
@@ -565,14 +551,13 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Switch dropout off; afterwards every module is in the mode that it was in before."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Switch dropout off; afterwards the model is in the mode that it was in before."""
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        model.train(was_training)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -590,14 +575,11 @@ def tour():
     print(f"Text            {sentence!r}")
     print(f"Tokens          {'|'.join(tokens)}")
     print(f"Ids             {ids}")
-    pairs = ", ".join(f"{a!r} -> {b!r}" for a, b in zip(tokens[:4], tokens[1:5]))
-    print(f"To be learned   {pairs} ...")
 
     inputs = torch.tensor([ids[:-1]])  # a batch of one, (1, T)
-    targets = torch.tensor([ids[1:]])
+    targets = torch.tensor([ids[1:]])  # the next token of each
     model = GPT(GPTConfig(tokenizer.vocab_size, context_length=64, n_layer=2, n_head=4, n_embd=64))
-    print(f"\nA blind guess   loss {math.log(tokenizer.vocab_size):.2f} = ln V")
-    print(f"Untrained       loss {model(inputs, targets):.2f}")
+    print(f"Untrained       loss {model(inputs, targets):.2f}, about ln V: a blind guess")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(50):
         loss = model(inputs, targets)
@@ -611,14 +593,12 @@ def tour():
     logits = model(inputs)
     print(f"\nEmbeddings      {list(inputs.shape)} -> {list(x.shape)} (B, T, C): token + position")
     print(f"Attention       {list(pattern.shape)} (B, H, T, T): what each token takes from each")
-    print(f"Hidden states   {list(model.features(inputs).shape)} (B, T, C), after 2 blocks")
     print(f"Logits          {list(logits.shape)} (B, T, V): scores of every next token")
 
     print("\nAttention pattern of the first head: each row is a token that reads, darker is more.")
     print("The causal mask hides the tokens to come, in the upper right.\n")
-    shades = " .:-=+*#%@"
     for token, row in zip(tokens, pattern[0, 0].tolist()):
-        cells = "".join(2 * shades[int(9.9 * weight / max(row))] for weight in row)
+        cells = "".join(2 * " .:-=+*#%@"[int(9.9 * weight / max(row))] for weight in row)
         print(f"{token:>8} |{cells}|")
 
     probs, best = logits[0, -1].softmax(dim=-1).topk(4)

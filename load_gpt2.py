@@ -562,18 +562,12 @@ def print_line(line, file=None):
     print(line, file=file, flush=True)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of each option, unless it is None."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 class CommandLine(argparse.ArgumentParser):
     """argparse with defaults in --help, and one-line errors"""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message):
         raise ValueError(f"{message} (see --help)")

@@ -24,34 +24,14 @@ import requests
 import torch
 from filelock import FileLock  # installed with torch
 
-from gpt import (
-    CHARS,
-    END_OF_TEXT,
-    GPT,
-    GPT2_CONFIGS,
-    GPTConfig,
-    TokenDataset,
-    Tokenizer,
-    eval_mode,
-    read_merges,
-)
+from gpt import END_OF_TEXT, GPT, GPT2_CONFIGS, GPTConfig, TokenDataset, Tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Safetensors: the length of the header (8 bytes, little endian), the header as JSON
 # {name: {dtype, shape, data_offsets}}, then the data of all tensors, one after the other
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -92,8 +72,8 @@ def write_safetensors(path, tensors):
     for name, tensor in tensors.items():
         begin = end
         end += tensor.nbytes
-        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [begin, end]}
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data starts at a multiple of 8
     with atomic_write(path) as part, open(part, "wb") as file:
@@ -183,31 +163,25 @@ def assign_weights(model, weights, folder):
 
 
 def read_weights(folder):
-    """All files with weights -> {name: tensor}"""
-    tensors = {}
-    for file_name in list_weight_files(folder):
-        shard = read_safetensors(Path(folder) / file_name)
-        if shard.keys() & tensors.keys():
-            raise ValueError(f"{folder}/{file_name}: its tensors are in other shards too")
-        tensors |= shard
-    return tensors
-
-
-def list_weight_files(folder):
-    """-> [model.safetensors], or the shards that model.safetensors.index.json lists"""
+    """model.safetensors, or the shards that model.safetensors.index.json lists -> {name: tensor}"""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
-    if not index.exists():
-        raise ValueError(f"{folder}: no model.safetensors (pickled *.bin files are not supported)")
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    weight_map = read_weight_map(index)
+    shards = {shard: read_safetensors(folder / shard) for shard in set(weight_map.values())}
+    with named_errors(index):
+        return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def read_weight_map(index):
+    """-> {name of a tensor: file in the folder of the index}"""
     weight_map = read_json(index).get("weight_map")
     with named_errors(index):
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
+        for shard in weight_map.values():
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):  # no paths to other folders
                 raise ValueError(f"{shard} is not the name of a shard")
-    return shards
+        return weight_map
 
 
 def read_json(path):
@@ -231,42 +205,39 @@ def read_config(path):
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
     folder = Path(folder)
-    merges_path = folder / "merges.txt"
-    vocab_path = folder / "vocab.json"
-    if merges_path.exists() or vocab_path.exists():  # a folder that lacks one is damaged
-        source = f"{merges_path} with vocab.json"
-        vocab = read_json(vocab_path)
-        with named_errors(merges_path):
-            merges = read_merges(merges_path.read_text(encoding="utf-8"))
+    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():  # or one is missing
+        with named_errors(folder / "merges.txt, vocab.json"):
+            tokenizer = Tokenizer.load(folder)
     elif (folder / "tokenizer.json").exists():
-        source = folder / "tokenizer.json"
-        merges, vocab = read_tokenizer_json(source)
+        with named_errors(folder / "tokenizer.json"):
+            tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     elif vocab_size == GPTConfig.vocab_size:
         return Tokenizer.gpt2()
     else:
         raise ValueError(f"{folder}: no merges.txt, and the vocabulary is not GPT-2's")
-    with named_errors(source):
-        ids = vocab.values()
-        if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or len(set(ids)) < len(ids):
-            raise ValueError(f"ids must be different integers from 0 to {vocab_size - 1}")
-        # If merges are missing, their tokens must not pass as special ones
-        for name in vocab.keys() - {*CHARS, *(merge.replace(" ", "") for merge in merges)}:
-            if name[:1] + name[-1:] not in ("<>", "[]"):  # special tokens look like <pad>, [PAD]
-                raise ValueError(f"no merge makes the token {name}")
-        return Tokenizer(merges, vocab)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{folder}: ids up to {tokenizer.vocab_size - 1}, but {vocab_size=}")
+    # If a merge is missing, its token must not pass as a special one, which looks like <s> or [PAD]
+    for token in tokenizer.encoding.special_tokens_set:
+        if token[:1] + token[-1:] not in ("<>", "[]"):
+            raise ValueError(f"{folder}: no merge makes the token {token}")
+    return tokenizer
 
 
 def read_tokenizer_json(path):
-    """The tokenizers library's format -> merges, vocab"""
-    content = read_json(path)
-    with named_errors(path):
-        bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
-        kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
-        changes_text = pre_tokenizer["add_prefix_space"] or content["normalizer"]
-        if kind != ("BPE", "ByteLevel", True) or changes_text:
-            raise ValueError("not GPT-2's kind of tokenizer")
-        merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
-        return merges, bpe["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
+    """The tokenizers library's format -> Tokenizer"""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
+    kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
+    if (
+        kind != ("BPE", "ByteLevel", True)
+        or pre_tokenizer["add_prefix_space"]
+        or content["normalizer"]
+    ):
+        raise ValueError("not GPT-2's kind of tokenizer")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    return Tokenizer(merges, bpe["vocab"] | added)
 
 
 def save_gpt2(model, tokenizer, folder, *, chat_template=None):
@@ -280,10 +251,12 @@ def save_gpt2(model, tokenizer, folder, *, chat_template=None):
 
 def save_folder(folder, weights, tokenizer, config, chat_template=None):
     """
-    Write the files of a Hugging Face folder. All are complete before the first is replaced.
+    Write the files of a Hugging Face folder. Files that are there stay until the weights, the
+    largest file, are complete.
     weights: {name in transformers: tensor in nn.Linear's layout}. config: for config.json.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -293,19 +266,16 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     }
     if chat_template:
         tokenizer_config["chat_template"] = chat_template
-    part = folder / ".part"
-    part.mkdir(parents=True, exist_ok=True)  # it exists if a save was interrupted
-    write_safetensors(part / "model.safetensors", weights)
-    tokenizer.save(part)
-    write_json(part / "tokenizer_config.json", tokenizer_config)
-    write_json(part / "config.json", config)
-    # Files of another model. config.json comes back last: a folder without it does not load
-    stale = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
-    for name in ("config.json", *stale):
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, folder / path.name)
-    part.rmdir()
+    with atomic_write(folder / "model.safetensors") as part:
+        write_safetensors(part, weights)
+        # config.json goes now and comes back last: a folder without it does not load. The others
+        # are files of another model.
+        stale = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
+        for name in ("config.json", *stale):
+            (folder / name).unlink(missing_ok=True)
+        tokenizer.save(folder)
+        write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "config.json", config)
 
 
 def write_json(path, content):
@@ -347,9 +317,7 @@ def cache_folder(name):
 
 def fetch_from_hub(name):
     """Download what the cache lacks of a model. -> its folder in the cache"""
-    # OWNER/NAME; but if there is a folder OWNER, the path of a folder was meant, which is missing
-    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
-    if name not in GPT2_CONFIGS and (not is_hub_name or Path(name).parent.is_dir()):
+    if name not in GPT2_CONFIGS and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
     folder = cache_folder(name)
@@ -366,11 +334,12 @@ def fetch_from_hub(name):
     def fetch(*file_names):
         """-> the first that is in the cache, or else the first that the hub has, or None"""
         cached = [file_name for file_name in file_names if (folder / file_name).exists()]
-        for file_name in cached or file_names:
+        if cached:
+            return cached[0]
+        for file_name in file_names:
             try:
-                download(f"{url}/{file_name}", folder / file_name, token)  # unless it exists
-                if not cached:
-                    fetched.append(folder / file_name)
+                download(f"{url}/{file_name}", folder / file_name, token)
+                fetched.append(folder / file_name)
                 return file_name
             except requests.HTTPError as error:
                 if error.response.status_code != 404:
@@ -385,9 +354,10 @@ def fetch_from_hub(name):
         if fetch("merges.txt", "tokenizer.json") == "merges.txt":
             fetch("vocab.json")
         read_tokenizer(folder, config.vocab_size)
-        fetch("model.safetensors", "model.safetensors.index.json")
-        for file_name in list_weight_files(folder):
-            fetch(file_name)
+        index = "model.safetensors.index.json"
+        if fetch("model.safetensors", index) == index:
+            for shard in set(read_weight_map(folder / index).values()):
+                fetch(shard)
         read_weights(folder)  # only to check them
     except requests.RequestException as error:
         raise ValueError(
@@ -395,9 +365,8 @@ def fetch_from_hub(name):
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
     except ValueError:
-        for path in fetched:
-            if path.stat().st_size < 2**20:  # it may be a login page, or cut short
-                path.unlink()
+        for path in fetched:  # it may be a login page, or cut short
+            path.unlink()
         raise
     return folder
 
@@ -421,40 +390,24 @@ def download(url, path, token=""):
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = Path(f"{path}.lock")
-    try:
-        with FileLock(lock_path):  # processes that need the same file wait for the first
-            complete(url, path, token)
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not remove a file that is open elsewhere
-            lock_path.unlink()
-
-
-def complete(url, path, token):
-    """Repeat `fetch_rest` until the file is complete. Give up after 5 retries without progress."""
-    part = Path(f"{path}.part")
-    largest = part.stat().st_size if part.exists() else 0
     waits = iter(WAITS)
-    while not path.exists():  # another process may have completed it
-        try:
-            fetch_rest(url, path, token)
-        except requests.RequestException as error:
-            size = part.stat().st_size if part.exists() else 0
-            if size > largest:
-                waits = iter(WAITS)
-                largest = size
-            wait = next(waits, math.inf)  # infinity if no retries are left
-            if error.response is not None:
-                status = error.response.status_code
-                # 416: the part is too long; 429: busy
-                if status < 500 and status not in (416, 429):
+    with FileLock(f"{path}.lock"):  # processes that need the same file wait for the first
+        while not path.exists():
+            try:
+                fetch_rest(url, path, token)
+            except requests.RequestException as error:
+                wait = next(waits, math.inf)  # infinity if no retries are left
+                if error.response is not None:
+                    status = error.response.status_code
+                    # 416: the part is too long; 429: busy
+                    if status < 500 and status not in (416, 429):
+                        raise
+                    seconds = error.response.headers.get("Retry-After", "")
+                    wait = max(wait, int(seconds) if seconds.isdecimal() else 0)
+                if wait > LONGEST_WAIT:
                     raise
-                seconds = error.response.headers.get("Retry-After", "")
-                wait = max(wait, int(seconds) if seconds.isdecimal() else 0)
-            if wait > LONGEST_WAIT:
-                raise
-            print_line(f"{error}; trying again in {wait} s", sys.stderr)
-            time.sleep(wait)
+                print_line(f"{error}; trying again in {wait} s", sys.stderr)
+                time.sleep(wait)
 
 
 def fetch_rest(url, path, token):
@@ -577,8 +530,7 @@ class CommandLine(argparse.ArgumentParser):
 def one_line_errors():
     """End the program with one line for errors that the user can correct."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # notebooks and tests replace these files
-            stream.reconfigure(errors="replace")  # for terminals that lack a character
+        stream.reconfigure(errors="replace")  # for terminals that lack a character
     try:
         yield
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
@@ -611,15 +563,14 @@ def evaluate_text(model, ids):
     device = model.wte.weight.device
     dataset = TokenDataset(ids, min(model.config.context_length, len(ids) - 1))
     total = 0.0
-    with eval_mode(model):
-        for i in range(len(dataset)):
-            inputs, targets = (row[None].to(device) for row in dataset[i])
-            total += model(inputs, targets).item() * (targets != -100).sum().item()
-            show_progress(f"window {i + 1} of {len(dataset)}")
+    for i in range(len(dataset)):
+        inputs, targets = (row[None].to(device) for row in dataset[i])
+        total += model(inputs, targets).item() * (targets != -100).sum().item()
+        show_progress(f"window {i + 1} of {len(dataset)}")
     return total / (len(ids) - 1)
 
 
-def parse_arguments():
+def main():
     parser = CommandLine(description="Complete a text, or measure how well a model predicts one.")
     add = parser.add_argument
     names = ", ".join(GPT2_CONFIGS)
@@ -636,11 +587,8 @@ def parse_arguments():
     dtype_help = "of the weights; auto: float32 for --evaluate, else what is fast on the device"
     add("--dtype", choices=dtypes, default="auto", help=dtype_help)
     add("--device", type=usable_device, default=default_device(), help="cpu, cuda or mps")
-    return parser.parse_args()
+    args = parser.parse_args()
 
-
-def main():
-    args = parse_arguments()
     dtype = torch.float32 if args.evaluate else fast_dtype(args.device)
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
@@ -655,20 +603,20 @@ def main():
         with named_errors(args.evaluate):
             text = Path(args.evaluate).read_text(encoding="utf-8-sig")
             ids = encode_documents(text, tokenizer)
-            if len(ids) < 2:
-                raise ValueError("a text of at least two tokens is needed")
-        loss = evaluate_text(model, ids)
+            loss = evaluate_text(model, ids)
         print_line(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "
             f"over {len(ids) - 1:,} tokens in windows of {model.config.context_length}"
         )
         return
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
     start_time = time.perf_counter()
     n_tokens = -1  # the last piece is not a token, but the end
-    for piece in stream_text(model, tokenizer, args.prompt, args.max_new_tokens, **sampling):
+    for piece in stream_text(
+        model, tokenizer, args.prompt, args.max_new_tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator,
+    ):  # fmt: skip
         n_tokens += 1
         print(piece, end="", flush=True)
     speed = n_tokens / (time.perf_counter() - start_time)

@@ -43,16 +43,16 @@ run = partial(run_main, load_gpt2)
 def test_bytes_are_those_of_the_format(tmp_path):
     write_safetensors(
         tmp_path / "x",
-        {"a": torch.tensor([[1, 2], [3, 4]], dtype=torch.int16), "b": torch.tensor(1.5)},
+        {"a": torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), "b": torch.tensor(1.5)},
     )
     content = (tmp_path / "x").read_bytes()
     (n,) = struct.unpack("<Q", content[:8])
     assert json.loads(content[8 : 8 + n]) == {
         "__metadata__": {"format": "pt"},
-        "a": {"dtype": "I16", "shape": [2, 2], "data_offsets": [0, 8]},
-        "b": {"dtype": "F32", "shape": [], "data_offsets": [8, 12]},
+        "a": {"dtype": "I32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [16, 20]},
     }
-    assert n % 8 == 0 and content[8 + n :] == struct.pack("<4hf", 1, 2, 3, 4, 1.5)
+    assert n % 8 == 0 and content[8 + n :] == struct.pack("<4if", 1, 2, 3, 4, 1.5)
 
 
 def test_all_dtypes_come_back(tmp_path):
@@ -340,9 +340,12 @@ def stop_in_child(monkeypatch, place, n_calls):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("place, n_calls", [("tokenizer", 1), ("replace", 1), ("replace", 3)])
+@pytest.mark.parametrize(
+    "place, n_calls",
+    [("replace", 1), ("tokenizer", 1), ("replace", 2), ("replace", 3), ("replace", 4)],
+)
 def test_killed_while_saving(monkeypatch, tmp_path, place, n_calls):
-    """Every file stays whole, and the folder opens."""
+    """The folder has the old model, or does not open: it never mixes two models."""
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     old, tokenizer = load(TINY)
     new = load(TINY)[0]
@@ -357,27 +360,28 @@ def test_killed_while_saving(monkeypatch, tmp_path, place, n_calls):
     process.start()
     process.join(timeout=30)
     assert process.exitcode == 9
-    found = load(tmp_path)[0]
-    assert same_weights(found, old) or (n_calls > 1 and same_weights(found, new))
+    if (place, n_calls) == ("replace", 1):  # the end of the weights
+        assert same_weights(load(tmp_path)[0], old)
+    else:
+        with pytest.raises(FileNotFoundError, match="config.json"):
+            load(tmp_path)
     save_gpt2(new, tokenizer, tmp_path)
     assert same_weights(load(tmp_path)[0], new)
 
 
 def test_an_error_while_saving_leaves_the_old_files(monkeypatch, tmp_path):
-    def fail(self, folder):
-        raise KeyboardInterrupt
+    def fail(path, tensors):
+        Path(path).write_bytes(b"half of the weights")
+        raise OSError("the disk is full")
 
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     model, tokenizer = load(TINY, dtype=torch.bfloat16)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Tokenizer, "save", fail)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(load_gpt2, "write_safetensors", fail)
         save_gpt2(model, tokenizer, tmp_path)
-    files = [path for path in tmp_path.iterdir() if path.name != ".part"]
-    assert before == {path.name: path.read_bytes() for path in files}
-    # The next save uses the folder of new files, and removes it
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     save_gpt2(model, tokenizer, tmp_path)
-    assert not (tmp_path / ".part").exists()
     assert same_weights(load(tmp_path, dtype=None)[0], model)
 
 
@@ -397,26 +401,6 @@ def test_paths_are_str_or_path(tmp_path, kind):
     assert json.loads((tmp_path / "y").read_text("utf-8")) == {"é": 1}
 
 
-def test_a_folder_that_is_half_replaced_does_not_load(monkeypatch, tmp_path):
-    """It could have new weights and an old vocabulary."""
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    replace = os.replace
-
-    def killed(source, target):
-        if Path(target) == tmp_path / "vocab.json":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    model, tokenizer = load(TINY)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
-        save_gpt2(model, tokenizer, tmp_path)
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        load(tmp_path)
-    save_gpt2(model, tokenizer, tmp_path)
-    assert same_weights(load(tmp_path)[0], model)
-
-
 @pytest.mark.parametrize("kind", [str, Path])
 def test_readers_of_a_folder_take_str_or_path(tmp_path, kind):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
@@ -425,7 +409,8 @@ def test_readers_of_a_folder_take_str_or_path(tmp_path, kind):
     assert load_gpt2.read_tokenizer(kind(tmp_path), 320).eot == 319
     assert "transformer.wte.weight" in load_gpt2.read_weights(kind(tmp_path))
     shard(tmp_path)
-    assert len(load_gpt2.list_weight_files(kind(tmp_path))) == 2
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(set(load_gpt2.read_weight_map(kind(index)).values())) == 2
     assert "transformer.wte.weight" in load_gpt2.read_weights(kind(tmp_path))
 
 
@@ -600,7 +585,7 @@ def test_other_kinds_of_tokenizer_json_are_refused(tmp_path, changes):
     if isinstance(changes.get("normalizer"), dict):
         changes = {"normalizer": [changes["normalizer"]]}  # None has no entries to change
     to_tokenizer_json(tmp_path, **changes)
-    with pytest.raises(ValueError, match="tokenizer.json: "):
+    with pytest.raises(ValueError, match="tokenizer.json: |no merge makes the token"):
         load(tmp_path)
 
 
@@ -628,13 +613,12 @@ def test_ids_of_vocab_json(tmp_path):
     "changes, message",
     [
         ({"Ġt": 256, "he": 257}, "follow the order"),
-        ({"!": 5}, "different integers"),
-        ({"!": -1}, "different integers"),
-        ({"!": "0"}, "different integers"),
-        ({"!": 0.0}, "different integers"),
-        ({"!": False}, "different integers"),
-        ({"!": [0]}, "different integers"),
-        ({"<s>": 400}, "different integers"),
+        ({"!": 5}, "ids must differ"),
+        ({"!": -1}, "vocab.json: "),
+        ({"!": "0"}, "vocab.json: "),
+        ({"!": 0.0}, "vocab.json: "),
+        ({"!": [0]}, "vocab.json: "),
+        ({"<s>": 400}, "ids up to 400, but vocab_size=400"),
         ({"!": None}, "'!'"),
         ({"Ġt": None}, "'Ġt'"),
         ({END_OF_TEXT: None}, "endoftext"),
@@ -654,7 +638,7 @@ def test_vocab_json_must_fit_the_merges(tmp_path, changes, message):
 def test_errors_name_the_tokenizer_file(tmp_path, name, content):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}/.*{name}"):
         load(tmp_path)
 
 
@@ -704,7 +688,7 @@ def small_table(folder):
     "damage, message",
     [
         (remove("config.json"), "config.json: No such file"),
-        (remove("model.safetensors"), "no model.safetensors"),
+        (remove("model.safetensors"), "model.safetensors: No such file"),
         (remove("merges.txt"), "merges.txt: No such file"),
         (remove("vocab.json"), "vocab.json: No such file"),
         (remove("merges.txt", "vocab.json"), "no merges.txt"),
@@ -720,7 +704,7 @@ def small_table(folder):
         (config(n_positions=64), "wpe.weight"),
         (config(n_positions=2**60), "error: "),
         (config(vocab_size=321), "wte.weight"),
-        (small_table, "integers from 0 to 299"),
+        (small_table, "ids up to 319, but vocab_size=300"),
         (config(activation_function="gelu"), "config.json: activation"),
         (config(activation_function=["gelu_new"]), "activation_function=["),
         (config(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06"),
@@ -736,7 +720,7 @@ def small_table(folder):
         (weights(**{"more.weight": torch.zeros(2)}), "more.weight"),
         (weights(**{"h.0.mlp.c_fc.weight": torch.zeros(1, 24, 96)}), "damaged"),
         (weights(**{"h.0.mlp.c_fc.weight": torch.zeros(96, 24)}), "h.0.mlp.c_fc.weight"),
-        (weights(**{"wte.weight": torch.zeros(320, 24, dtype=torch.int8)}), "floating point"),
+        (weights(**{"wte.weight": torch.zeros(320, 24, dtype=torch.uint8)}), "floating point"),
         (cut_short, "model.safetensors: "),
     ],
 )

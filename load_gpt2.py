@@ -1,7 +1,6 @@
 """
-GPT-2's weights in and out: the safetensors format by hand, Hugging Face folders, the download from
-the Hugging Face hub, and text completion on the command line. It also holds what all scripts share:
-encoding texts, devices, progress, one-line errors.
+GPT-2's weights in and out: the safetensors format, Hugging Face folders, the download from the hub,
+and text completion on the command line; also what all scripts share: devices, progress, errors.
 
     python load_gpt2.py gpt2 --prompt "Every effort moves you"
     python load_gpt2.py out/stories --prompt "One day"
@@ -45,7 +44,7 @@ def read_safetensors(path):
         file = np.memmap(path, mode="c")  # bytes, copied when they are written to
         header_size = int.from_bytes(file[:8].tobytes(), "little")
         if header_size > len(file) - 8:
-            raise ValueError(f"cut short, or not a safetensors file ({len(file):,} bytes)")
+            raise ValueError("cut short, or not a safetensors file")
         header = json.loads(file[8 : 8 + header_size].tobytes())
         header.pop("__metadata__", None)
         data = file[8 + header_size :]
@@ -55,8 +54,8 @@ def read_safetensors(path):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             begin = end
             end += math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [begin, end] or end > len(data):
-                raise ValueError(f"the tensor {name} does not fit its place in the file")
+            if entry["data_offsets"] != [begin, end]:
+                raise ValueError(f"the tensor {name} is not at {begin} to {end}")
             # NumPy has no bfloat16, so first as integers of the same size
             integers = torch.from_numpy(data[begin:end].view(f"i{dtype.itemsize}"))
             tensors[name] = integers.view(dtype).view(shape)
@@ -229,11 +228,8 @@ def read_tokenizer_json(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     bpe, pre_tokenizer = content["model"], content["pre_tokenizer"]
     kind = (bpe["type"], pre_tokenizer["type"], pre_tokenizer.get("use_regex", True))
-    if (
-        kind != ("BPE", "ByteLevel", True)
-        or pre_tokenizer["add_prefix_space"]
-        or content["normalizer"]
-    ):
+    changes_text = pre_tokenizer["add_prefix_space"] or content["normalizer"]
+    if kind != ("BPE", "ByteLevel", True) or changes_text:
         raise ValueError("not GPT-2's kind of tokenizer")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -251,9 +247,8 @@ def save_gpt2(model, tokenizer, folder, *, chat_template=None):
 
 def save_folder(folder, weights, tokenizer, config, chat_template=None):
     """
-    Write the files of a Hugging Face folder. Files that are there stay until the weights, the
-    largest file, are complete.
-    weights: {name in transformers: tensor in nn.Linear's layout}. config: for config.json.
+    Write the files of a Hugging Face folder. Those that are there stay until the new weights are
+    complete. weights: {name in transformers: tensor in nn.Linear's layout}.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,8 +263,7 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
         tokenizer_config["chat_template"] = chat_template
     with atomic_write(folder / "model.safetensors") as part:
         write_safetensors(part, weights)
-        # config.json goes now and comes back last: a folder without it does not load. The others
-        # are files of another model.
+        # The files of another model go. config.json comes back last: no folder loads without it
         stale = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
         for name in ("config.json", *stale):
             (folder / name).unlink(missing_ok=True)
@@ -493,12 +487,9 @@ def usable_device(name):
 
 def fast_dtype(device):
     """bfloat16 if the device has hardware for it, else float32"""
-    device_type = torch.device(device).type
-    has_bf16 = False
-    if device_type == "cuda":
+    if torch.device(device).type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu":
-        # A private function of PyTorch; without it, float32 is always right
+    else:  # a private function of PyTorch; without it, float32 is always right
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float32
 

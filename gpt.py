@@ -425,7 +425,7 @@ class GPT(nn.Module):
         """
         sampling = (temperature, top_k, top_p, generator)
         new_ids = [[] for _ in prompts]
-        for new in self._decode(prompts, max_new_tokens, eos_id, sampling):
+        for new in decode_steps(self, prompts, max_new_tokens, eos_id, sampling):
             for i, token_id in new.items():
                 new_ids[i].append(token_id)
         return new_ids
@@ -436,47 +436,8 @@ class GPT(nn.Module):
     ):  # fmt: skip
         """`generate` for one prompt, but yields each new id as soon as it is known."""
         sampling = (temperature, top_k, top_p, generator)
-        for new in self._decode([prompt], max_new_tokens, eos_id, sampling):
+        for new in decode_steps(self, [prompt], max_new_tokens, eos_id, sampling):
             yield from new.values()
-
-    @torch.no_grad()
-    def _decode(self, prompts, max_new_tokens, eos_id, sampling):
-        """Yield {index of a prompt: its new id} for each step, without texts that have ended."""
-        device = self.wte.weight.device
-        context_length = self.config.context_length
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= context_length:
-                raise ValueError(f"prompt {i}: {len(prompt)} tokens, not 1 to {context_length}")
-        # Prompts and their new ids, in the order of the rows in the batch
-        texts = {i: list(prompt) for i, prompt in enumerate(prompts)}
-        cache = None
-        with eval_mode(self):
-            for n_left in range(max_new_tokens, 0, -1):
-                if not texts:
-                    return
-                if cache is None:
-                    unread = list(texts.values())  # not in a cache yet; later one new id per row
-                    n_columns = min(max(map(len, unread)) + n_left, context_length)
-                    cache = KVCache(len(unread), n_columns, device)
-                # Padding goes on the right, where the causal mask hides it from the text
-                ids = pad_sequence([torch.tensor(row) for row in unread], batch_first=True)
-                x = self.features(ids.to(device), cache)  # (B, T) -> (B, T, C)
-                lengths = torch.tensor([len(row) for row in unread])
-                logits = self.lm_head(x[torch.arange(len(x)), lengths - 1])  # (B, V)
-                # The cache counted the padding too; taken back, the next ids overwrite it
-                cache.lengths -= ids.size(1) - lengths.to(device)
-
-                next_ids = sample(logits, *sampling).tolist()
-                new = {i: token_id for i, token_id in zip(texts, next_ids) if token_id != eos_id}
-                if len(new) < len(texts):  # texts that have ended leave the batch
-                    cache.keep([row for row, i in enumerate(texts) if i in new])
-                texts = {i: texts[i] + [token_id] for i, token_id in new.items()}
-                unread = [[token_id] for token_id in new.values()]
-                for i, text in texts.items():
-                    if len(text) > context_length:
-                        texts[i] = text[-max(1, context_length // 2) :]
-                        cache = None  # positions have changed: read all texts again
-                yield new
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,6 +487,46 @@ class KVCache:
         self.lengths = self.lengths[rows]
         for layer, (keys, values) in self.layers.items():
             self.layers[layer] = keys[rows], values[rows]
+
+
+@torch.no_grad()
+def decode_steps(model, prompts, max_new_tokens, eos_id, sampling):
+    """Yield {index of a prompt: its new id} for each step, without texts that have ended."""
+    device = model.wte.weight.device
+    context_length = model.config.context_length
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= context_length:
+            raise ValueError(f"prompt {i}: {len(prompt)} tokens, not 1 to {context_length}")
+    # Prompts and their new ids, in the order of the rows in the batch
+    texts = {i: list(prompt) for i, prompt in enumerate(prompts)}
+    cache = None
+    with eval_mode(model):
+        for n_left in range(max_new_tokens, 0, -1):
+            if not texts:
+                return
+            if cache is None:
+                unread = list(texts.values())  # not in a cache yet; later one new id per row
+                n_columns = min(max(map(len, unread)) + n_left, context_length)
+                cache = KVCache(len(unread), n_columns, device)
+            # Padding goes on the right, where the causal mask hides it from the text
+            ids = pad_sequence([torch.tensor(row) for row in unread], batch_first=True)
+            x = model.features(ids.to(device), cache)  # (B, T) -> (B, T, C)
+            lengths = torch.tensor([len(row) for row in unread])
+            logits = model.lm_head(x[torch.arange(len(x)), lengths - 1])  # (B, V)
+            # The cache counted the padding too; taken back, the next ids overwrite it
+            cache.lengths -= ids.size(1) - lengths.to(device)
+
+            next_ids = sample(logits, *sampling).tolist()
+            new = {i: token_id for i, token_id in zip(texts, next_ids) if token_id != eos_id}
+            if len(new) < len(texts):  # texts that have ended leave the batch
+                cache.keep([row for row, i in enumerate(texts) if i in new])
+            texts = {i: texts[i] + [token_id] for i, token_id in new.items()}
+            unread = [[token_id] for token_id in new.values()]
+            for i, text in texts.items():
+                if len(text) > context_length:
+                    texts[i] = text[-max(1, context_length // 2) :]
+                    cache = None  # positions have changed: read all texts again
+            yield new
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -600,14 +600,12 @@ def main():
             f"over {len(ids) - 1:,} tokens in windows of {model.config.context_length}"
         )
         return
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling["generator"] = torch.Generator(args.device).manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
     start_time = time.perf_counter()
     n_tokens = -1  # the last piece is not a token, but the end
-    for piece in stream_text(
-        model, tokenizer, args.prompt, args.max_new_tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator,
-    ):  # fmt: skip
+    for piece in stream_text(model, tokenizer, args.prompt, args.max_new_tokens, **sampling):
         n_tokens += 1
         print(piece, end="", flush=True)
     speed = n_tokens / (time.perf_counter() - start_time)

@@ -80,6 +80,22 @@ CHAR_TO_BYTE = dict(zip(CHARS, BYTES))
 END_OF_TEXT = "<|endoftext|>"
 
 
+def spell(word):
+    """The bytes of a word as characters: " the" -> ["Ġ", "t", "h", "e"]"""
+    return [BYTE_TO_CHAR[byte] for byte in word.encode("utf-8")]
+
+
+def merge_pair(tokens, pair):
+    """["t", "h", "e"], ("t", "h") -> ["th", "e"]"""
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
+
+
 class Tokenizer:
     """
     GPT-2's byte-level BPE. tiktoken encodes; `train` and `apply_merges` show how it works.
@@ -188,22 +204,6 @@ class Tokenizer:
         merges = "".join(merge + "\n" for merge in ["#version: 0.2", *self.merges])
         (Path(folder) / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
         (Path(folder) / "vocab.json").write_text(json.dumps(self.vocab), encoding="utf-8")
-
-
-def spell(word):
-    """The bytes of a word as characters: " the" -> ["Ġ", "t", "h", "e"]"""
-    return [BYTE_TO_CHAR[byte] for byte in word.encode("utf-8")]
-
-
-def merge_pair(tokens, pair):
-    """["t", "h", "e"], ("t", "h") -> ["th", "e"]"""
-    merged = []
-    for token in tokens:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] += token
-        else:
-            merged.append(token)
-    return merged
 
 
 def read_merges(content):

@@ -40,7 +40,6 @@ from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_p
 # --------------------------------------------------------------------------------------------------
 # Settings: the fields of a dataclass are also the options of the command line
 
-
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -179,9 +178,8 @@ def update(model, optimizers, learning_rate, batch, config, autocast):
     """
     One update of the weights. -> this process's part of the mean loss, the gradient norm
 
-    The loss is the mean over all targets of the batch. Each process takes its share of the rows, in
-    micro-batches to save memory (gradient accumulation). How rows are shared out changes nothing
-    but dropout.
+    The loss is the mean over all targets of the batch, whatever the number of processes, which
+    share its rows, and the size of micro-batches, which save memory (gradient accumulation).
     """
     rank, world_size = process_rank()
     device = next(model.parameters()).device
@@ -234,10 +232,7 @@ def scheduled_learning_rate(step, config):
 
 
 def create_optimizers(model, config):
-    """
-    AdamW, with weight decay for matrices only, not for biases and LayerNorm; with optimizer="muon",
-    Muon for the matrices in the blocks.
-    """
+    """AdamW, or Muon for the matrices in the blocks. Weight decay is for matrices only."""
     muon, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -321,7 +316,7 @@ def keep_freed_memory():
 
 
 def start_processes(device):
-    """Join the processes that torchrun started, if it did. On GPUs, each has one of its own."""
+    """Join the processes that torchrun started, if it did."""
     if dist.is_torchelastic_launched():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this GPU
@@ -351,14 +346,10 @@ def sum_over_processes(numbers, device):
 
 
 def load_state(out, settings, model, optimizers):
-    """
-    Load the state of an earlier start, if there was one. -> history
-    Raises ValueError for other settings, or if the folder holds something else.
-    """
+    """Load the state of an earlier start with the same settings, if there was one. -> history"""
     path = out / "resume.pt"
     if not path.exists():
-        names = ("config.json", "model.safetensors", "merges.txt", "adapter")
-        if any((out / name).exists() for name in names):
+        if any((out / name).exists() for name in ("config.json", "model.safetensors", "adapter")):
             raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
         return [{"step": 0}]
     with named_errors(path):
@@ -441,18 +432,16 @@ def read_texts(paths):
 
 
 def read_tokens(path, vocab_size):
-    """
-    A token file -> np.memmap of uint16 ids. llm.c's files begin with a header of 256 int32: magic
-    number (a date of 2024), version, number of tokens (2^31 - 1 if there are more).
-    """
+    """A token file, which may begin with llm.c's header of 256 int32 -> np.memmap of uint16 ids"""
     with named_errors(path):
         header = np.fromfile(path, dtype="<i4", count=256)
+        # llm.c's magic numbers are dates of 2024; GPT-2's ids are never that large
         has_header = len(header) == 256 and header[0] // 10_000 == 2024
-        if has_header and header[:2].tolist() != [20240520, 1]:
-            raise ValueError(f"{header[:2]} is not llm.c's magic number and version for GPT-2")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
-        if has_header and header[2] != min(len(tokens), 2**31 - 1):
-            raise ValueError(f"{len(tokens):,} tokens, but its header says {header[2]:,}")
+        # Magic number for GPT-2, version, number of tokens
+        expected = [20240520, 1, min(len(tokens), 2**31 - 1)]
+        if has_header and header[:3].tolist() != expected:
+            raise ValueError(f"the header {header[:3].tolist()} should be {expected}")
         if tokens.max() >= vocab_size:
             raise ValueError(f"the id {tokens.max()} is not in a vocabulary of {vocab_size}")
         return tokens
@@ -460,9 +449,8 @@ def read_tokens(path, vocab_size):
 
 def split_tokens(shards, context_length):
     """
-    (name, tokens) pairs -> training, validation: lists of arrays of tokens. For validation: shards
-    with val in the name, or else the last tenth of the longest, a window to a million tokens.
-    Shards shorter than a window are left out.
+    (name, tokens) pairs -> training, validation: lists of tokens, without shards that are too short
+    for a window. Shards with val in the name are for validation, or else the end of the longest.
     """
     shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
     training = [tokens for name, tokens in shards if "val" not in name]
@@ -471,6 +459,7 @@ def split_tokens(shards, context_length):
         raise ValueError(f"no text for training is as long as a window of {context_length} tokens")
     if not validation:
         training.sort(key=len)
+        # A tenth, but at most a million tokens, and at least a window
         n_val = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
         validation = [training[-1][-n_val:]]
         training[-1] = training[-1][:-n_val]
@@ -546,8 +535,7 @@ def create_model(config, text):
 
 def pretrain(config):
     sources = config.bin or config.text or [STORIES]
-    first = Path(sources[0])
-    name = first.resolve().parent.name if config.bin else first.stem
+    name = Path(sources[0]).resolve().parent.name if config.bin else Path(sources[0]).stem
     config = with_defaults(config, out=Path("out") / name)
     paths = find_files(sources, config.out.parent)
     text = "" if config.bin else read_texts(paths)
@@ -573,12 +561,10 @@ def pretrain(config):
     else:
         shards = [("text", load_gpt2.encode_documents(text, tokenizer))]
     training, validation = split_tokens(shards, context_length)
-    train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
+    train_data = ConcatDataset([TokenDataset(t, context_length) for t in training])
     # About eval_windows windows, evenly spread
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
-    val_data = ConcatDataset(
-        [TokenDataset(tokens, context_length, stride) for tokens in validation]
-    )
+    val_data = ConcatDataset([TokenDataset(t, context_length, stride) for t in validation])
     if config.device == "cpu":  # more tokens at once would take more memory, but no less time
         config = with_defaults(config, micro_batch_size=max(1, 2048 // context_length))
     val_loader = create_dataloader(val_data, config.micro_batch_size or config.batch_size)

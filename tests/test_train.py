@@ -979,8 +979,11 @@ def make_bad_inputs(folder):
         (["--bin", "{}/odd.bin"], "odd.bin: Size of"),
         (["--bin", "{}/empty.bin"], "empty.bin"),
         (["--bin", "{}/no-ids.bin"], "no-ids.bin"),
-        (["--bin", "{}/cut.bin"], "cut.bin: 100 tokens, but its header says 200"),
-        (["--bin", "{}/llama3.bin"], "llama3.bin: [20240801"),
+        (
+            ["--bin", "{}/cut.bin"],
+            "cut.bin: the header [20240520, 1, 200] should be [20240520, 1, 100]",
+        ),
+        (["--bin", "{}/llama3.bin"], "llama3.bin: the header [20240801"),
         (["--bin", "{}/characters/train.bin"], "meta.pkl"),
         (["--bin", "{}/only_val.bin"], "for training"),
         (["--bin", "{}/good.bin", "--tokenizer", "{}/nowhere", "--init", ""], "nowhere"),

@@ -540,19 +540,20 @@ def pretrain(config):
     paths = find_files(sources, config.out.parent)
     text = "" if config.bin else read_texts(paths)
     model, tokenizer = create_model(config, text)
+    context_length = config.context_length or model.config.context_length
+    is_cuda = config.device.startswith("cuda")
     small = is_small(model.config)
     config = with_defaults(
         config,
-        context_length=model.config.context_length,
         optimizer="muon" if small else "adamw",
         learning_rate=6e-3 if small else 6e-4,
-        compile=config.device.startswith("cuda"),
+        # On a CPU, more tokens at once take more memory, but no less time
+        micro_batch_size=max(1, 2048 // context_length) if config.device == "cpu" else None,
+        compile=is_cuda,
     )
-    context_length = config.context_length
     prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]  # the beginning of a document
     if max(context_length, len(prompt)) > model.config.context_length:
         raise ValueError("--context-length or --prompt is longer than the context of the model")
-
     if config.bin:
         # nanoGPT writes meta.pkl for vocabularies of characters; it is a pickle: not opened here
         if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
@@ -565,8 +566,6 @@ def pretrain(config):
     # About eval_windows windows, evenly spread
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
     val_data = ConcatDataset([TokenDataset(t, context_length, stride) for t in validation])
-    if config.device == "cpu":  # more tokens at once would take more memory, but no less time
-        config = with_defaults(config, micro_batch_size=max(1, 2048 // context_length))
     val_loader = create_dataloader(val_data, config.micro_batch_size or config.batch_size)
     # Epochs, each in a random order of its own, follow each other with no gap
     n_epochs = math.ceil(config.steps * config.batch_size / len(train_data))
@@ -583,8 +582,7 @@ def pretrain(config):
         new_ids = model.stream(prompt, 100, **options)
         print(config.prompt + tokenizer.decode(new_ids), end="\n\n", flush=True)
 
-    needs_triton = config.compile and config.device.startswith("cuda")
-    if needs_triton and importlib.util.find_spec("triton") is None:
+    if config.compile and is_cuda and not importlib.util.find_spec("triton"):
         print_on_rank_0("torch.compile needs Triton, which is not installed: going on without it")
     elif config.compile:
         model.compile()  # in place, so that parameters keep their names

@@ -13,7 +13,6 @@ Run the same command again to go on where it was stopped.
 import argparse
 import contextlib
 import ctypes
-import functools
 import glob
 import importlib.util
 import math
@@ -41,7 +40,6 @@ from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_p
 # --------------------------------------------------------------------------------------------------
 # Settings: the fields of a dataclass are also the options of the command line
 
-
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -52,10 +50,16 @@ def option(default, help, **for_argparse):
 
 def add_options(parser, config_class):
     for f in fields(config_class):
-        options = {"default": argparse.SUPPRESS if f.default is None else f.default, **f.metadata}
-        if "action" not in options:
-            options.setdefault("type", (get_args(f.type) or [f.type])[0])  # int | None -> int
+        kind = (get_args(f.type) or [f.type])[0]  # int | None -> int
+        default = argparse.SUPPRESS if f.default is None else f.default
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        options = {"default": default, **options, **f.metadata}
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def with_defaults(config, **defaults):
+    """-> the config with these values where it has None"""
+    return replace(config, **{n: v for n, v in defaults.items() if getattr(config, n) is None})
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class TrainConfig:
     dtype: str = option("auto", "of matrix products; auto: the faster one", choices=DTYPES)
     seed: int = option(1, "of weights, shuffling, dropout and samples")
     out: Path | None = option(None, "output folder (default: out/NAME of the text)")
-    overwrite: bool = option(False, "replace the run in the output folder", action="store_true")
+    overwrite: bool = option(False, "replace the run in the output folder")
     device: str = option(load_gpt2.default_device(), "cpu, cuda, mps", type=load_gpt2.usable_device)
 
     # Not a field: the settings that may change when a run goes on
@@ -91,18 +95,15 @@ class TrainConfig:
 
 def train(model, get_batch, val_loader, config, *, save, report=lambda: None, content=None):
     """
-    Train a model.
+    Train a model, or go on with the run in the folder config.out.
 
-    get_batch: a function, step -> batch. It must depend on nothing else, so that a resumed run
-        repeats what an uninterrupted one does; see `shuffled_rows`.
-    val_loader: an iterable of batches.
+    get_batch: a function, step -> batch. It depends on nothing else, so that runs can be resumed.
+    val_loader: an iterable of batches, for a validation every eval_every steps.
+    save, report: functions called after a validation, save() if its loss is the best so far.
+        report() may return more columns for losses.csv.
     content: what the run learns from, anything with a repr; a run does not go on with another.
-
-    At the start, every eval_every steps and at the end, it computes the mean loss over val_loader,
-    calls save() if that is the best so far, calls report(), which may return more columns for
-    losses.csv, and writes losses.csv and resume.pt. After Ctrl-C or SIGTERM, it finishes the step,
-    saves, and raises KeyboardInterrupt. Raises FloatingPointError for a loss that is not finite,
-    ValueError if the folder holds another run.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the step is finished and saved,
+    FloatingPointError for a loss that is not finite, ValueError if the folder holds another run.
     """
     out = Path(config.out)
     rank, world_size = process_rank()
@@ -114,43 +115,41 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     optimizers = create_optimizers(model.to(device), config)
     settings = {name: v for name, v in vars(config).items() if name not in config.may_change}
     settings["checksum of the data"] = zlib.crc32(repr(content).encode())
-    # The rows of losses.csv. With them, load_state restores the model and the optimizers
+    # The rows of losses.csv; load_state also loads the model and the optimizers
     history = [{"step": 0}] if config.overwrite else load_state(out, settings, model, optimizers)
     first_step = history[-1]["step"]
     if first_step > 0:
         what = "finished at" if first_step >= config.steps else "going on from"
         print_on_rank_0(f"{out}: {what} step {first_step}")
-    save_state = functools.partial(write_state, out, settings, model, optimizers, history)
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     # No other run may write to the folder: `with lock` raises an OSError if one does
     lock = filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext()
-
-    def validate(status):
-        val_loss = evaluate(model, val_loader, autocast)
-        if not math.isfinite(val_loss):
-            raise FloatingPointError(f"{status}: the validation loss is {val_loss}")
-        is_best = all(val_loss < row.get("val_loss", math.inf) for row in history)
-        history[-1]["val_loss"] = val_loss
-        if rank == 0:
-            if is_best:
-                save()
-            print_line(f"{status} | val {val_loss:.4f}")
-            history[-1] |= report() or {}
-        save_state()
-
     with lock, catch_signals() as signals:
-        # At the end only if a longer run was stopped here, and --steps has been lowered
-        if "val_loss" not in history[-1] and (first_step == 0 or first_step >= config.steps):
-            save_state()  # before any weights: a folder with weights alone could not go on
-            validate(f"step {first_step:5d}/{config.steps}")
-        for step in range(first_step, config.steps):
+        if first_step == 0:  # before any weights: a folder with weights alone could not go on
+            write_state(out, settings, model, optimizers, history)
+        status = f"step {first_step:5d}/{config.steps}"
+        for step in range(first_step, config.steps + 1):
+            is_due = step % config.eval_every == 0 or step == config.steps
+            if is_due and "val_loss" not in history[-1]:
+                val_loss = evaluate(model, val_loader, autocast)
+                if not math.isfinite(val_loss):
+                    raise FloatingPointError(f"{status}: the validation loss is {val_loss}")
+                is_best = all(val_loss < row.get("val_loss", math.inf) for row in history)
+                history[-1]["val_loss"] = val_loss
+                if rank == 0:
+                    if is_best:
+                        save()
+                    print_line(f"{status} | val {val_loss:.4f}")
+                    history[-1] |= report() or {}
+                write_state(out, settings, model, optimizers, history)
+            if step == config.steps:
+                break
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
-            # Dropout depends on the step, so that a resumed run repeats it (a hash of numbers,
-            # unlike that of a string, is the same in every process)
+            # Dropout of a resumed run is the same: the hash of integers is always the same
             torch.manual_seed(hash((config.seed, step, rank)))
             batch = get_batch(step)
             loss, norm = update(parallel_model, optimizers, learning_rate, batch, config, autocast)
@@ -158,22 +157,17 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
             loss, n_signals = sum_over_processes([loss, len(signals)], device)
             if not math.isfinite(loss + norm):
                 raise FloatingPointError(
-                    f"at step {step} the loss is {loss}, the gradient norm {norm}; {out} keeps the "
-                    "last good state. A lower learning rate may help"
+                    f"step {step}: {loss=}, gradient {norm=}; {out} keeps the last good state"
                 )
-            n_done = step + 1
-            history.append({"step": n_done, "learning_rate": learning_rate, "train_loss": loss})
+            history.append({"step": step + 1, "learning_rate": learning_rate, "train_loss": loss})
             seconds = time.perf_counter() - start_time
-            left = timedelta(seconds=round(seconds * (config.steps - n_done)))
-            status = f"step {n_done:5d}/{config.steps} | loss {loss:.4f}"
+            left = timedelta(seconds=round(seconds * (config.steps - step - 1)))
+            status = f"step {step + 1:5d}/{config.steps} | loss {loss:.4f}"
             status += f" | {batch[0].numel() / seconds:,.0f} tokens/s | {left} left"
             if rank == 0:
                 show_progress(status)
-            if n_done % config.eval_every == 0 or n_done == config.steps:
-                validate(status)
-            elif n_signals:
-                save_state()
-            if n_signals and n_done < config.steps:
+            if n_signals:
+                write_state(out, settings, model, optimizers, history)
                 print_on_rank_0("stopped; the same command goes on (without --overwrite)")
                 raise KeyboardInterrupt
     if rank == 0:
@@ -184,16 +178,14 @@ def update(model, optimizers, learning_rate, batch, config, autocast):
     """
     One update of the weights. -> this process's part of the mean loss, the gradient norm
 
-    The loss is the mean over all targets of the batch. Every process gets the whole batch, takes
-    its share of the rows, and works on micro-batches to save memory (gradient accumulation).
-    Without dropout, the number of processes and the size of the micro-batches change nothing.
+    The loss is the mean over all targets of the batch, whatever the number of processes, which
+    share its rows, and the size of micro-batches, which save memory (gradient accumulation).
     """
     rank, world_size = process_rank()
     device = next(model.parameters()).device
     n_targets = int((batch[-1] != -100).sum())
-    local_batch = [x[rank::world_size] for x in batch]
     size = config.micro_batch_size or len(batch[0])
-    micro_batches = list(zip(*(x.split(size) for x in local_batch)))
+    micro_batches = list(zip(*(x[rank::world_size].split(size) for x in batch)))
     loss = 0.0
     for i, micro_batch in enumerate(micro_batches):
         weight = int((micro_batch[-1] != -100).sum()) / n_targets
@@ -222,12 +214,11 @@ def evaluate(model, loader, autocast):
     loss_sum = 0.0
     n_targets = 0
     with eval_mode(model):
-        for i, batch in enumerate(loader):
-            if i % world_size == rank:
-                n = int((batch[-1] != -100).sum())
-                with autocast:
-                    loss_sum += model(*(x.to(device) for x in batch)).item() * n
-                n_targets += n
+        for batch in list(loader)[rank::world_size]:
+            n = int((batch[-1] != -100).sum())
+            with autocast:
+                loss_sum += model(*(x.to(device) for x in batch)).item() * n
+            n_targets += n
     loss_sum, n_targets = sum_over_processes([loss_sum, n_targets], device)
     return loss_sum / n_targets
 
@@ -241,10 +232,7 @@ def scheduled_learning_rate(step, config):
 
 
 def create_optimizers(model, config):
-    """
-    AdamW, with weight decay for matrices only, not for biases and LayerNorm; with optimizer="muon",
-    Muon for the matrices in the blocks.
-    """
+    """AdamW, or Muon for the matrices in the blocks. Weight decay is for matrices only."""
     muon, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -266,10 +254,9 @@ def create_optimizers(model, config):
 
 class Muon(torch.optim.Optimizer):
     """
-    Nesterov momentum, made nearly orthogonal (Jordan 2024), so that an update changes a matrix
-    equally in all directions. It is scaled to the size of AdamW's updates (Liu et al. 2025, section
-    2.2), so that both share a learning rate. torch.optim.Muon does the same, but in bfloat16 only,
-    which takes several times as long as the rest of a step on a CPU without hardware for it.
+    Nesterov momentum, made nearly orthogonal (Jordan 2024): an update changes a matrix equally in
+    all directions. Updates are as large as AdamW's (Liu et al. 2025, section 2.2), so that both
+    share a learning rate. torch.optim.Muon is the same, but in bfloat16, slow on many CPUs.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -279,11 +266,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                if not state:  # the first step
-                    state["average"] = torch.zeros_like(p)
-                state["average"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(state["average"], group["momentum"]))
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(average, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
@@ -297,17 +282,6 @@ def orthogonalize(matrix):
         gram = x @ x.T  # the coefficients below are Jordan's
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.T if is_tall else x).to(matrix.dtype)
-
-
-def shuffled_rows(step, n_rows, batch_size, order):
-    """
-    The rows of a step. Epochs follow each other with no gap, so that every batch is full.
-    order: a function, number of the epoch -> all rows in their order.
-    """
-    if batch_size > n_rows:
-        raise ValueError(f"a batch of {batch_size} rows is more than the {n_rows} for training")
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(order(place // n_rows)[place % n_rows]) for place in places]
 
 
 @contextlib.contextmanager
@@ -329,8 +303,8 @@ def catch_signals():
 
 def keep_freed_memory():
     """
-    Make glibc keep large blocks that are freed. By default it returns them to the system and gets
-    new, zeroed pages in every step: a third of the time of a step of GPT-2 124M on two CPU cores.
+    Make glibc keep large blocks that are freed. Getting new, zeroed pages from the system takes a
+    third of the time of a step of GPT-2 124M on two CPU cores.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
@@ -342,7 +316,7 @@ def keep_freed_memory():
 
 
 def start_processes(device):
-    """Join the processes that torchrun started, if it did. On GPUs, each has one of its own."""
+    """Join the processes that torchrun started, if it did."""
     if dist.is_torchelastic_launched():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this GPU
@@ -372,14 +346,10 @@ def sum_over_processes(numbers, device):
 
 
 def load_state(out, settings, model, optimizers):
-    """
-    Load the state that an earlier start saved, if there was one. -> history
-    Raises ValueError for other settings, or if the folder holds something else.
-    """
+    """Load the state of an earlier start with the same settings, if there was one. -> history"""
     path = out / "resume.pt"
     if not path.exists():
-        names = ("config.json", "model.safetensors", "merges.txt", "adapter")
-        if any((out / name).exists() for name in names):
+        if any((out / name).exists() for name in ("config.json", "model.safetensors", "adapter")):
             raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
         return [{"step": 0}]
     with named_errors(path):
@@ -395,7 +365,7 @@ def load_state(out, settings, model, optimizers):
 
 
 def write_state(out, settings, model, optimizers, history):
-    """Write losses.csv, then resume.pt, which holds the same rows."""
+    """Write losses.csv and resume.pt."""
     if process_rank()[0] > 0:
         return
     columns = dict.fromkeys(name for row in history for name in row)
@@ -411,7 +381,6 @@ def write_state(out, settings, model, optimizers, history):
 
 
 def plot_history(history, path):
-    """Draw losses and accuracies over the steps."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -432,8 +401,6 @@ def plot_history(history, path):
 # --------------------------------------------------------------------------------------------------
 # Data: texts or token files
 
-MAX_TEXT_BYTES = 100_000_000  # encoding in memory takes ten times as much
-
 
 def find_files(names, folder):
     """Files, patterns with *, and URLs (downloaded once, into `folder`) -> list of paths"""
@@ -453,12 +420,9 @@ def find_files(names, folder):
 
 def read_texts(paths):
     """-> one str, with a line <|endoftext|> before each text, as between documents in a text"""
-    size = sum(path.stat().st_size for path in paths)
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(
-            f"{size:,} bytes of text are more than {MAX_TEXT_BYTES:,}; make token files of them "
-            "with data/prepare.py, and use --bin"
-        )
+    # Encoding takes ten times as much memory
+    if sum(path.stat().st_size for path in paths) > 100_000_000:
+        raise ValueError("more than 100 MB of text: use data/prepare.py, then --bin")
     result = ""
     for path in paths:
         with named_errors(path):
@@ -468,19 +432,16 @@ def read_texts(paths):
 
 
 def read_tokens(path, vocab_size):
-    """
-    A token file -> np.memmap of uint16 ids. llm.c's files begin with a header of 256 int32: magic
-    number 20240520, version 1, number of tokens (2^31 - 1 if there are more).
-    """
+    """A token file, which may begin with llm.c's header of 256 int32 -> np.memmap of uint16 ids"""
     with named_errors(path):
         header = np.fromfile(path, dtype="<i4", count=256)
-        # llm.c's magic numbers are dates of 2024
+        # llm.c's magic numbers are dates of 2024; GPT-2's ids are never that large
         has_header = len(header) == 256 and header[0] // 10_000 == 2024
-        if has_header and header[:2].tolist() != [20240520, 1]:
-            raise ValueError(f"{header[:2]} is not llm.c's magic number and version for GPT-2")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
-        if has_header and header[2] != min(len(tokens), 2**31 - 1):
-            raise ValueError(f"{len(tokens):,} tokens, but its header says {header[2]:,}")
+        # Magic number for GPT-2, version, number of tokens
+        expected = [20240520, 1, min(len(tokens), 2**31 - 1)]
+        if has_header and header[:3].tolist() != expected:
+            raise ValueError(f"the header {header[:3].tolist()} should be {expected}")
         if tokens.max() >= vocab_size:
             raise ValueError(f"the id {tokens.max()} is not in a vocabulary of {vocab_size}")
         return tokens
@@ -488,9 +449,8 @@ def read_tokens(path, vocab_size):
 
 def split_tokens(shards, context_length):
     """
-    (name, tokens) pairs -> training, validation: lists of arrays of tokens. For validation: shards
-    with val in their names, or else the last tenth of the longest (a window to a million tokens).
-    Shards that are shorter than a window are left out.
+    (name, tokens) pairs -> training, validation: lists of tokens, without shards that are too short
+    for a window. Shards with val in the name are for validation, or else the end of the longest.
     """
     shards = [(name, tokens) for name, tokens in shards if len(tokens) > context_length]
     training = [tokens for name, tokens in shards if "val" not in name]
@@ -499,6 +459,7 @@ def split_tokens(shards, context_length):
         raise ValueError(f"no text for training is as long as a window of {context_length} tokens")
     if not validation:
         training.sort(key=len)
+        # A tenth, but at most a million tokens, and at least a window
         n_val = max(min(len(training[-1]) // 10, 2**20), context_length + 1)
         validation = [training[-1][-n_val:]]
         training[-1] = training[-1][:-n_val]
@@ -520,9 +481,7 @@ STORIES = Path(__file__).with_name("data") / "stories.txt"
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
     batch_size: int = option(8, "sequences per update, over all processes")
-    optimizer: str | None = option(
-        None, "default: muon for small models, else adamw", choices=OPTIMIZERS
-    )
+    optimizer: str | None = option(None, "default: muon if small, else adamw", choices=OPTIMIZERS)
     learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
     text: str | None = option(None, "files, URLs (default: data/stories.txt)", nargs="+")
     bin: str | None = option(None, "token files; val in a name: for validation", nargs="+")
@@ -534,9 +493,7 @@ class PretrainConfig(TrainConfig):
     dropout: float | None = option(None, "default: that of --model; 0 with --init")
     prompt: str = option("One day", "beginning of the samples")
     eval_windows: int = option(64, "windows in a validation, about")
-    compile: bool | None = option(
-        None, "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction
-    )
+    compile: bool | None = option(None, "torch.compile (default: on CUDA)")
 
     # Data may move: its lengths and first tokens are compared; compile changes no result
     may_change = TrainConfig.may_change | {"text", "bin", "compile"}
@@ -571,15 +528,32 @@ def create_model(config, text):
     else:  # a million characters are enough, and take seconds
         vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
         tokenizer = Tokenizer.train(text.replace("<|endoftext|>\n", "")[:1_000_000], vocab_size)
-    changes = {name: getattr(config, name) for name in ("context_length", "dropout")}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    config = with_defaults(config, context_length=sizes.context_length, dropout=sizes.dropout)
+    changes = {"context_length": config.context_length, "dropout": config.dropout}
     return GPT(replace(sizes, vocab_size=tokenizer.vocab_size, **changes)), tokenizer
 
 
 def pretrain(config):
-    paths = find_files(config.bin or config.text or [STORIES], config.out.parent)
+    sources = config.bin or config.text or [STORIES]
+    name = Path(sources[0]).resolve().parent.name if config.bin else Path(sources[0]).stem
+    config = with_defaults(config, out=Path("out") / name)
+    paths = find_files(sources, config.out.parent)
     text = "" if config.bin else read_texts(paths)
     model, tokenizer = create_model(config, text)
+    context_length = config.context_length or model.config.context_length
+    is_cuda = config.device.startswith("cuda")
+    small = is_small(model.config)
+    config = with_defaults(
+        config,
+        optimizer="muon" if small else "adamw",
+        learning_rate=6e-3 if small else 6e-4,
+        # On a CPU, more tokens at once take more memory, but no less time
+        micro_batch_size=max(1, 2048 // context_length) if config.device == "cpu" else None,
+        compile=is_cuda,
+    )
+    prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]  # the beginning of a document
+    if max(context_length, len(prompt)) > model.config.context_length:
+        raise ValueError("--context-length or --prompt is longer than the context of the model")
     if config.bin:
         # nanoGPT writes meta.pkl for vocabularies of characters; it is a pickle: not opened here
         if not config.tokenizer and any(path.with_name("meta.pkl").exists() for path in paths):
@@ -587,35 +561,19 @@ def pretrain(config):
         shards = [(path.name, read_tokens(path, tokenizer.vocab_size)) for path in paths]
     else:
         shards = [("text", load_gpt2.encode_documents(text, tokenizer))]
-    context_length = config.context_length or model.config.context_length
-    prompt = [tokenizer.eot, *tokenizer.encode(config.prompt)]  # the beginning of a document
-    if max(context_length, len(prompt)) > model.config.context_length:
-        raise ValueError("--context-length or --prompt is longer than the context of the model")
     training, validation = split_tokens(shards, context_length)
-    train_data = ConcatDataset([TokenDataset(tokens, context_length) for tokens in training])
+    train_data = ConcatDataset([TokenDataset(t, context_length) for t in training])
     # About eval_windows windows, evenly spread
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
-    val_data = ConcatDataset(
-        [TokenDataset(tokens, context_length, stride) for tokens in validation]
-    )
-
-    # A fingerprint of the data, to refuse to go on with other data
-    fingerprint = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
-    if config.optimizer is None:
-        config = replace(config, optimizer="muon" if is_small(model.config) else "adamw")
-    if config.learning_rate is None:
-        config = replace(config, learning_rate=6e-3 if is_small(model.config) else 6e-4)
-    if config.micro_batch_size is None and config.device == "cpu":
-        # On a CPU, more tokens at once take more memory, but no less time
-        config = replace(config, micro_batch_size=max(1, 2048 // context_length))
+    val_data = ConcatDataset([TokenDataset(t, context_length, stride) for t in validation])
     val_loader = create_dataloader(val_data, config.micro_batch_size or config.batch_size)
-
-    @functools.lru_cache(maxsize=1)
-    def order(epoch):
-        return np.random.default_rng([config.seed, epoch]).permutation(len(train_data))
+    # Epochs, each in a random order of its own, follow each other with no gap
+    n_epochs = math.ceil(config.steps * config.batch_size / len(train_data))
+    rngs = [np.random.default_rng([config.seed, epoch]) for epoch in range(n_epochs)]
+    order = np.concatenate([rng.permutation(len(train_data)) for rng in rngs])
 
     def get_batch(step):
-        rows = shuffled_rows(step, len(train_data), config.batch_size, order)
+        rows = order[step * config.batch_size : (step + 1) * config.batch_size]
         return default_collate([train_data[row] for row in rows])
 
     def show_sample():
@@ -624,33 +582,28 @@ def pretrain(config):
         new_ids = model.stream(prompt, 100, **options)
         print(config.prompt + tokenizer.decode(new_ids), end="\n\n", flush=True)
 
-    is_cuda = config.device.startswith("cuda")
-    has_compiler = not is_cuda or importlib.util.find_spec("triton") is not None
-    if config.compile and not has_compiler:
+    if config.compile and is_cuda and not importlib.util.find_spec("triton"):
         print_on_rank_0("torch.compile needs Triton, which is not installed: going on without it")
-    if has_compiler and (is_cuda if config.compile is None else config.compile):
+    elif config.compile:
         model.compile()  # in place, so that parameters keep their names
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     data = f"{len(train_data):,} windows of {context_length} tokens"
     print_on_rank_0(f"{size:.1f}M parameters, {data}, {config.device}")
-    get_batch(0)  # if it fails, then before anything is written
+    # A fingerprint of the data, to refuse to go on with other data
+    fingerprint = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
     train(
         model, get_batch, val_loader, config, content=(fingerprint, tokenizer.vocab),
         save=lambda: load_gpt2.save_gpt2(model, tokenizer, config.out), report=show_sample,
     )  # fmt: skip
+    print_on_rank_0(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')
 
 
 def main():
     parser = load_gpt2.CommandLine(description="Train a GPT on a text.")
     add_options(parser, PretrainConfig)
     config = PretrainConfig(**vars(parser.parse_args()))
-    if config.out is None:
-        source = Path((config.bin or config.text or [STORIES])[0])
-        name = source.resolve().parent.name if config.bin else source.stem
-        config = replace(config, out=Path("out") / name)
     start_processes(config.device)
     pretrain(config)
-    print_on_rank_0(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')
     if dist.is_initialized():
         dist.destroy_process_group()
 

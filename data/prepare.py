@@ -23,7 +23,6 @@ from load_gpt2 import atomic_write, named_errors, print_line, read_tokenizer, sh
 
 PIECE_BYTES = 2**23  # 8 MB of text make about 2M tokens
 
-
 # A place between a byte that ends no white space of Unicode and a space or line break. GPT-2 never
 # merges across it, so cutting there leaves the tokens as they are. But not after ">", which may end
 # a line <|endoftext|>.
@@ -44,10 +43,9 @@ def plan_pieces(paths):
     """-> list of [path, first byte, byte after the last]"""
     pieces = []
     for path in paths:
-        size = path.stat().st_size
         begin = 0
         with open(path, "rb") as file:
-            while begin < size:
+            while begin < path.stat().st_size:
                 end = find_cut(file, begin + PIECE_BYTES)
                 pieces.append([str(path), begin, end])
                 begin = end
@@ -67,9 +65,7 @@ def encode_piece(piece, bin_path, tokenizer):
     header = np.zeros(256, dtype="<i4")
     header[:3] = (20240520, 1, len(ids))
     with atomic_write(bin_path) as part, open(part, "wb") as file:
-        file.write(header.tobytes())
-        file.write(ids.tobytes())
-    return len(ids)
+        file.write(header.tobytes() + ids.tobytes())
 
 
 def main():
@@ -90,16 +86,13 @@ def main():
     if not is_same and any(args.out.glob("*.bin")):
         raise ValueError(f"{args.out} holds other token files; remove it, or name another --out")
     load_gpt2.write_json(plan_path, plan)
-
     jobs = [(piece, args.out / f"train_{i:06d}.bin") for i, piece in enumerate(pieces)]
     jobs = [(piece, bin_path) for piece, bin_path in jobs if not bin_path.exists()]
-    n_tokens = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        counts = pool.map(lambda job: encode_piece(*job, tokenizer), jobs)
-        for i, n in enumerate(counts, 1):
-            n_tokens += n
-            show_progress(f"{i} of {len(jobs)} files, {n_tokens:,} tokens")
-    print_line(f"{args.out}: {len(pieces)} token files; {n_tokens:,} tokens made now")
+        results = pool.map(lambda job: encode_piece(*job, tokenizer), jobs)
+        for i, _ in enumerate(results, 1):
+            show_progress(f"{i} of {len(jobs)} files")
+    print_line(f"{args.out}: {len(pieces)} token files, {len(jobs)} of them made now")
 
 
 if __name__ == "__main__":

@@ -132,13 +132,12 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
             write_state(out, settings, model, optimizers, history)
         status = f"step {first_step:5d}/{config.steps}"
         for step in range(first_step, config.steps + 1):
-            is_due = step % config.eval_every == 0 or step == config.steps
-            if is_due and "val_loss" not in history[-1]:
+            if step % config.eval_every == 0 or step == config.steps:
                 val_loss = evaluate(model, val_loader, autocast)
                 if not math.isfinite(val_loss):
                     raise FloatingPointError(f"{status}: the validation loss is {val_loss}")
                 is_best = all(val_loss < row.get("val_loss", math.inf) for row in history)
-                history[-1]["val_loss"] = val_loss
+                history[-1].setdefault("val_loss", val_loss)  # it is there if a run goes on here
                 if rank == 0:
                     if is_best:
                         save()
@@ -567,6 +566,10 @@ def pretrain(config):
     stride = max(context_length, math.ceil(sum(map(len, validation)) / config.eval_windows))
     val_data = ConcatDataset([TokenDataset(t, context_length, stride) for t in validation])
     val_loader = create_dataloader(val_data, config.micro_batch_size or config.batch_size)
+    if config.batch_size > len(train_data):
+        raise ValueError(
+            f"a batch of {config.batch_size} is larger than the data: {len(train_data)}"
+        )
     # Epochs, each in a random order of its own, follow each other with no gap
     n_epochs = math.ceil(config.steps * config.batch_size / len(train_data))
     rngs = [np.random.default_rng([config.seed, epoch]) for epoch in range(n_epochs)]

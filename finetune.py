@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 import sys
-import textwrap
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +49,7 @@ from train import (
 
 # --------------------------------------------------------------------------------------------------
 # Classification: a linear layer reads the class from the hidden state of the last token, the only
-# one that has attended to the whole text
+# one that attends to the whole text
 
 
 class GPTClassifier(nn.Module):
@@ -64,9 +63,8 @@ class GPTClassifier(nn.Module):
 
     def forward(self, ids, lengths, labels=None):
         """
-        ids (B, T), padded on the right; lengths (B,), the tokens of each text -> logits
-        (B, n_classes); with labels (B,), the mean cross-entropy. Padding has no effect: the causal
-        mask hides it from the text.
+        ids (B, T), padded on the right; lengths (B,) without padding -> logits (B, n_classes), or
+        with labels (B,) the mean cross-entropy. The causal mask hides the padding from the text.
         """
         x = self.transformer.features(ids)  # (B, T, C)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C), of the last tokens
@@ -75,10 +73,7 @@ class GPTClassifier(nn.Module):
 
 
 class ClassificationDataset(list):
-    """
-    (text, label) pairs -> (ids, index of the class). Of texts that are too long, the beginning is
-    kept; n_truncated counts them.
-    """
+    """(text, label) pairs -> (ids, index of the class). n_truncated: texts that lost their end"""
 
     def __init__(self, rows, tokenizer, classes, context_length):
         self.n_truncated = 0
@@ -123,17 +118,16 @@ def load_classifier(folder):
 
 @torch.no_grad()
 def predict_all(model, dataset):
-    """-> logits (n_rows, n_classes) and labels (n_rows,), on the CPU"""
+    """Rows of a ClassificationDataset -> logits (n_rows, n_classes), on the CPU"""
     device = model.score.weight.device
     loader = create_dataloader(dataset, 32, collate_fn=collate_texts)
     with eval_mode(model):
-        batches = [(model(ids.to(device), n.to(device)).cpu(), labels) for ids, n, labels in loader]
-    logits, labels = zip(*batches)
-    return torch.cat(logits), torch.cat(labels)
+        return torch.cat([model(ids.to(device), n.to(device)).cpu() for ids, n, _ in loader])
 
 
-def accuracy(logits, labels):
-    return (logits.argmax(dim=1) == labels).float().mean().item()
+def accuracy(model, dataset):
+    predicted = predict_all(model, dataset).argmax(dim=1).tolist()
+    return sum(i == label for i, (_, label) in zip(predicted, dataset)) / len(dataset)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,8 +158,8 @@ CHAT_TEMPLATE = (
 class InstructionDataset(list):
     """
     Entries {instruction, input, output} -> (ids, targets), (T,) each, of prompt, response and
-    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end, or are left
-    out if there is no room for a response; n_truncated counts both. `entries` are the kept ones.
+    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end; those with
+    no room for a response are left out. n_truncated counts both. `entries` are the kept ones.
     """
 
     def __init__(self, entries, tokenizer, context_length):
@@ -173,16 +167,13 @@ class InstructionDataset(list):
         self.n_truncated = 0
         for entry in entries:
             prompt = tokenizer.encode(format_prompt(entry))
-            ids = prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot]
+            ids = torch.tensor(prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot])
+            targets = ids.clone()
+            targets[: len(prompt)] = -100
             self.n_truncated += len(ids) > context_length + 1
-            if len(prompt) > context_length:
-                continue
-            ids = torch.tensor(ids[: context_length + 1])
-            targets = ids[1:].clone()
-            # The target of the last prompt token is the first token of the response
-            targets[: len(prompt) - 1] = -100
-            self.append((ids[:-1], targets))
-            self.entries.append(entry)
+            if len(prompt) <= context_length:
+                self.append((ids[:-1][:context_length], targets[1:][:context_length]))
+                self.entries.append(entry)
 
 
 def collate_instructions(batch):
@@ -198,8 +189,8 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
     for start in range(0, len(entries), batch_size):
         batch = entries[start : start + batch_size]
         prompts = [tokenizer.encode(format_prompt(entry)) for entry in batch]
-        # The last new token needs no position, hence + 1. A row that outgrows its context before
-        # others goes on with a shortened text (see GPT.generate); ids[:n] drops these tokens.
+        # The last new token needs no position, hence + 1. generate shortens a text that outgrows
+        # the context and goes on with it; ids[:n] drops these tokens.
         room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
         n_new = min(max_new_tokens, max(room))
         new_ids = model.generate(prompts, n_new, temperature=0, eos_id=tokenizer.eot)
@@ -221,14 +212,14 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__()
         self.linear = linear
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, **like)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, **like)
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         # The adapter starts as 0; A is random, so that B has a gradient
         nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(dropout)
         self.alpha = alpha
         self.scale = alpha / rank  # the same learning rate suits every rank
+        self.to(linear.weight)  # its device and dtype
 
     def forward(self, x):
         return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
@@ -236,20 +227,17 @@ class LoRALinear(nn.Module):
 
 def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
     """
-    Freeze a model in place and give an adapter to each nn.Linear whose name is or ends in one of
-    targets ("c_attn", or longer, as "h.0.attn.c_attn").
-    Raises ValueError for a target that no layer has.
+    Freeze a model in place, and give an adapter to each nn.Linear whose name ends in one of targets
+    ("c_attn", or longer, as "h.0.attn.c_attn"). Raises ValueError for a target that none has.
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank {rank} is not positive")
-    if lora_layers(model):
-        raise ValueError("the model has adapters already; merge_lora merges them")
     model.requires_grad_(False)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for target in targets:
         names = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not names:
-            raise ValueError(f"no linear layer is called {target}; LoRA is for {LORA_TARGETS}")
+            raise ValueError(f"no linear layer is called {target}")
         for name in names:
             model.set_submodule(name, LoRALinear(layers[name], rank, alpha, dropout))
     return model
@@ -268,28 +256,21 @@ def lora_layers(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-# What PEFT's adapter_config.json may hold besides r, lora_alpha and lora_dropout: keys that do not
-# change what is computed (the names of the tensors say which layers have adapters), and values that
-# leave other variants of LoRA off. Everything else is refused.
-PEFT_IGNORED = {
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version"),
-    *("qalora_group_size", "revision", "target_modules", "task_type"),
-}
+# The settings in PEFT's adapter_config.json that are accepted: those of plain LoRA, and those that
+# change nothing here, as the names of the tensors say which layers they belong to
 PEFT_ALLOWED = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
-    "modules_to_save": (None, ["score"], ["classifier", "score"]),
+    *("peft_type=LORA", "bias=none", "init_lora_weights=True", "init_lora_weights=gaussian"),
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core"),
+    *("modules_to_save", "peft_version", "qalora_group_size", "revision", "target_modules"),
+    *("task_type",),
 }
 
 
 def peft_names(model):
     """-> {name in PEFT's files: name here} of the adapters, and of the head of a classifier"""
-    # PEFT's names begin with those of its wrappers: base_model.model.transformer.h.0...
-    prefix = "base_model.model."
-    if not isinstance(model, GPTClassifier):
-        prefix += "transformer."
+    # PEFT's names begin with those of its own modules
+    prefix = "base_model.model." + ("" if isinstance(model, GPTClassifier) else "transformer.")
     names = [name for name in model.state_dict() if ".lora_" in name or name == "score.weight"]
     return {prefix + name: name for name in names}
 
@@ -328,24 +309,21 @@ def save_lora(model, folder, base, classes=None):
 
 def load_lora(model, folder):
     """
-    Add the adapters that `save_lora` or PEFT wrote to a model, in place. Raises ValueError for a
-    variant of LoRA that is not computed here, or tensors that do not fit the model.
+    Add the adapters that `save_lora` or PEFT wrote to a model, in place. Raises ValueError for
+    another variant of LoRA, or tensors that do not fit the model.
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     with named_errors(path):
         settings = [config.pop(name) for name in ("r", "lora_alpha", "lora_dropout")]
-        for name in sorted(config.keys() - PEFT_IGNORED):
-            if config[name] not in PEFT_ALLOWED.get(name, (None, False, {}, [])):
-                raise ValueError(f"{name}={config[name]} is not supported, only plain LoRA")
+        for name, value in config.items():
+            if value and not PEFT_ALLOWED & {name, f"{name}={value}"}:
+                raise ValueError(f"{name}={value} is not supported, only plain LoRA")
     path = Path(folder) / "adapter_model.safetensors"
     tensors = load_gpt2.read_safetensors(path)
     with named_errors(path):
         # base_model.model.transformer.h.0.attn.c_attn.lora_A.weight -> h.0.attn.c_attn
-        pattern = r"base_model\.model\.(?:transformer\.)?(.*)\.lora_A\.weight"
-        layers = [match[1] for match in (re.fullmatch(pattern, name) for name in tensors) if match]
-        if not layers:
-            raise ValueError("no adapters in it")
+        layers = re.findall(r"transformer\.(\S+)\.lora_A\.weight", " ".join(tensors))
         add_lora(model, *settings, layers)
         names = peft_names(model)
         misfits = names.keys() ^ tensors.keys()
@@ -353,6 +331,13 @@ def load_lora(model, folder):
             raise ValueError(f"{min(misfits)} is missing, or has no place in the model")
         model.load_state_dict({names[name]: t for name, t in tensors.items()}, strict=False)
     return model
+
+
+def merge_adapter(model, folder, adapter):
+    """Load adapters for the model of a folder, and merge them."""
+    if Path(adapter).resolve().parent == Path(folder).resolve():
+        raise ValueError(f"the weights in {folder} already contain {adapter}")
+    return merge_lora(load_lora(model, adapter))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,9 +351,7 @@ def read_rows(source, folder, columns, optional=()):
     header, or else label and text. Raises ValueError with the number of the row for a value that is
     neither text nor integer, or empty and not optional.
     """
-    path, *more = find_files([source], Path(folder))
-    if more:
-        raise ValueError(f"{source}: one file is needed, not {1 + len(more)}")
+    (path,) = find_files([source], Path(folder))
     with open(path, encoding="utf-8-sig", newline="") as file, named_errors(path):
         if path.suffix == ".json":
             rows = json.load(file)
@@ -389,8 +372,8 @@ def read_rows(source, folder, columns, optional=()):
                 raise ValueError(f"row {i} does not have the columns of the others")
             values = {c: "" if row.get(c) is None else row[c] for c in columns}
             for column, value in values.items():
-                is_text = isinstance(value, (str, int))
-                if not is_text or not (str(value).strip() or column in optional):
+                is_empty = not str(value).strip() and column not in optional
+                if is_empty or not isinstance(value, (str, int)):
                     raise ValueError(f"row {i}: {column} is {value!r:.50}")
             # JSON can hold half characters (lone surrogates), which no file can
             result.append({c: str(v).encode(errors="replace").decode() for c, v in values.items()})
@@ -399,8 +382,8 @@ def read_rows(source, folder, columns, optional=()):
 
 def split_rows(rows, seed, key=None):
     """
-    -> 80 % of the rows for training, 10 % for validation and 10 % for the test, at random; rows
-    with the same key are spread evenly (a stratified split).
+    -> 80 % of the rows for training, 10 % for validation, 10 % for the test, at random. Rows with
+    the same key are spread evenly (a stratified split).
     """
     rows = random.Random(seed).sample(rows, len(rows))
     if key:
@@ -411,9 +394,9 @@ def split_rows(rows, seed, key=None):
 
 def batches_by_length(lengths, batch_size, n_epochs, seed):
     """
-    -> batches, each an array of rows. They come in random order, but the rows of a batch have
-    similar lengths: on short messages, this saves a third of the tokens, which would be padding.
-    Rows that do not fill a batch are left out, different ones in each epoch.
+    -> batches, each an array of rows, in random order. The rows of a batch have similar lengths:
+    on short messages, this saves a third of the tokens, which would be padding. In each epoch, the
+    rows that do not fill a batch are left out.
     """
     rng = np.random.default_rng(seed)
     n_full = len(lengths) // batch_size * batch_size
@@ -437,13 +420,12 @@ class FinetuneConfig(TrainConfig):
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(4.0, "passes over the training rows")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
-    context_length: int | None = option(None, "cut rows to this length (default: the model's)")
+    context_length: int = option(1024, "cut rows to this length, at most the model's")
     dropout: float | None = option(
         None, "in the model, before adapters too (default: 0.1; small model 0.15)"
     )
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
-    lora_targets: str = option(LORA_TARGETS, "layers with adapters", nargs="+")
 
     # Data may move, as its content is compared; epochs only set the number of steps
     may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
@@ -456,23 +438,20 @@ def load_base(config):
     base, tokenizer = load_gpt2.load_gpt2(config.init)
     # A small model has more to learn: a higher learning rate, and more dropout
     small = is_small(base.config)
-    defaults = {
-        "dropout": 0.15 if small else 0.1,
-        "learning_rate": 2e-3 if small else 1e-3 if config.lora_rank else 5e-5,
-        "context_length": base.config.context_length,
-    }
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    # A tuple, as the default: a resumed run compares them
-    config = replace(config, lora_targets=tuple(config.lora_targets), **missing)
-    if config.context_length > base.config.context_length:
-        raise ValueError(f"{config.init} has a --context-length of {base.config.context_length}")
+    if config.dropout is None:
+        config = replace(config, dropout=0.15 if small else 0.1)
+    if config.learning_rate is None:
+        learning_rate = 2e-3 if small else 1e-3 if config.lora_rank else 5e-5
+        config = replace(config, learning_rate=learning_rate)
+    context_length = min(config.context_length, base.config.context_length)
+    config = replace(config, context_length=context_length)
     torch.manual_seed(config.seed)
-    model = GPT(replace(base.config, dropout=config.dropout, context_length=config.context_length))
+    model = GPT(replace(base.config, dropout=config.dropout, context_length=context_length))
     weights = base.state_dict()
-    weights["wpe.weight"] = weights["wpe.weight"][: config.context_length]
+    weights["wpe.weight"] = weights["wpe.weight"][:context_length]
     model.load_state_dict(weights)
     if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.dropout, config.lora_targets)
+        add_lora(model, config.lora_rank, config.lora_alpha, config.dropout)
     return model, tokenizer, config
 
 
@@ -481,14 +460,12 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
     Train. datasets: for training, validation, test. save(model): called with adapters merged.
     content, report: see `train`. classes: of a classifier.
     """
-    training, validation, test = datasets
+    training, validation, _ = datasets
     n_truncated = sum(dataset.n_truncated for dataset in datasets)
-    sizes = (
-        f"{len(training)} rows for training, {len(validation)} for validation, {len(test)} for the "
-        f"test; {n_truncated} were too long for {config.context_length} tokens"
-    )
+    sizes = "{} rows for training, {} for validation, {} for the test; ".format(*map(len, datasets))
+    sizes += f"{n_truncated} were too long for {config.context_length} tokens"
     steps_per_epoch = len(training) // config.batch_size
-    if steps_per_epoch == 0 or not validation or not test:
+    if steps_per_epoch == 0 or not all(datasets):
         raise ValueError(f"{config.data} is too small for batches of {config.batch_size}: {sizes}")
     steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
     config = replace(config, steps=steps, eval_every=config.eval_every or steps_per_epoch)
@@ -530,38 +507,29 @@ class ClassifyConfig(FinetuneConfig):
     out: Path = option(Path("out/spam"), "output folder")
     text_column: str = option("text", "column of the texts")
     label_column: str = option("label", "column of the classes")
-    last_block: bool = option(False, "train only the last block and the head", action="store_true")
 
 
 def classify(config):
     """Learn to classify texts."""
     columns = (config.text_column, config.label_column)
     rows = read_rows(config.data, config.out.parent, columns)
-    rows = [(row[config.text_column], row[config.label_column]) for row in rows]
+    rows = [tuple(row[column] for column in columns) for row in rows]
     counts = Counter(label for _, label in rows)
     classes = sorted(counts)
-    parts = split_rows(rows, config.seed, key=lambda row: row[1])
-    found = ", ".join(f"{counts[name]} {name}" for name in classes)
     if len(classes) < 2 or min(counts.values()) < 10:
-        raise ValueError(f"{config.data}: needs two classes with ten rows each, not {found}")
+        raise ValueError(f"{config.data}: needs two classes with ten rows each, not {dict(counts)}")
     gpt, tokenizer, config = load_base(config)
     model = GPTClassifier(gpt, len(classes))
-    if config.last_block:
-        if config.lora_rank:
-            raise ValueError("--last-block and --lora-rank exclude each other")
-        gpt.requires_grad_(False)
-        gpt.h[-1].requires_grad_()
-        gpt.ln_f.requires_grad_()
     datasets = [
-        ClassificationDataset(part, tokenizer, classes, config.context_length) for part in parts
+        ClassificationDataset(part, tokenizer, classes, config.context_length)
+        for part in split_rows(rows, config.seed, key=lambda row: row[1])
     ]
 
     def report():
-        score = accuracy(*predict_all(model, datasets[1]))
-        print(f"    accuracy {score:.1%} (validation)")
-        return {"val_accuracy": score}
+        val_accuracy = accuracy(model, datasets[1])
+        print(f"    accuracy {val_accuracy:.1%} (validation)")
+        return {"val_accuracy": val_accuracy}
 
-    print_on_rank_0(f"{len(rows)} rows: {found}")
     finetune(
         config, model, datasets, collate_texts, (rows, tokenizer.vocab), classes=classes,
         save=lambda merged: save_classifier(merged, tokenizer, classes, config.out), report=report,
@@ -569,13 +537,9 @@ def classify(config):
     if process_rank()[0] == 0:
         best, _, _ = load_classifier(config.out)
         best.to(config.device)
-        print("\n                loss  accuracy")
         for name, dataset in zip(("training", "validation", "test"), datasets):
-            logits, labels = predict_all(best, dataset)
-            loss = F.cross_entropy(logits, labels)
-            print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
-        text, _ = parts[2][0]
-        print(f'\nfinished: python finetune.py predict {config.out} "{text[:40]}"')
+            print(f"{name:>10} accuracy {accuracy(best, dataset):.2%}")
+        print(f'finished: python finetune.py predict {config.out} "{rows[0][0][:40]}"')
 
 
 @dataclass(frozen=True)
@@ -591,16 +555,17 @@ def instruct(config):
     """Learn to follow instructions."""
     columns = ("instruction", "input", "output")
     entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
-    parts = split_rows(entries, config.seed)
     model, tokenizer, config = load_base(config)
-    datasets = [InstructionDataset(part, tokenizer, config.context_length) for part in parts]
+    datasets = [
+        InstructionDataset(part, tokenizer, config.context_length)
+        for part in split_rows(entries, config.seed)
+    ]
     _, validation, test = datasets
 
     def show_sample():
         entry = validation.entries[0]
         (response,) = respond(model, tokenizer, [entry], config.max_new_tokens)
-        text = f"{entry['instruction']} {entry['input']}\n-> {response}"
-        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+        print(f"{entry['instruction']} {entry['input']}\n-> {response}\n", flush=True)
 
     finetune(
         config, model, datasets, collate_instructions, (entries, tokenizer.vocab),
@@ -614,15 +579,8 @@ def instruct(config):
         results = [e | {"response": r} for e, r in zip(test.entries, responses)]
         write_json(config.out / "responses.json", results)
         for result in results[:3]:
-            print("\n" + "\n".join(f"{key:>13}: {text}" for key, text in result.items()))
-        print(f"\nall in {config.out}/responses.json; python finetune.py chat {config.out}")
-
-
-def merge_adapter(model, folder, adapter):
-    """Load adapters for the model of a folder, and merge them."""
-    if Path(adapter).resolve().parent == Path(folder).resolve():
-        raise ValueError(f"the weights in {folder} already contain {adapter}")
-    return merge_lora(load_lora(model, adapter))
+            print("\n".join(f"{key:>13}: {text}" for key, text in result.items()), end="\n\n")
+        print(f"all in {config.out}/responses.json; python finetune.py chat {config.out}")
 
 
 def predict(folder, texts, adapter, device):
@@ -632,8 +590,7 @@ def predict(folder, texts, adapter, device):
         path = Path(adapter) / "classes.json"
         content = read_json(path)
         with named_errors(path):
-            classes = [str(name) for name in content["classes"]]
-            context_length = min(content["context_length"], gpt.config.context_length)
+            classes, context_length = content["classes"], content["context_length"]
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)
@@ -645,9 +602,9 @@ def predict(folder, texts, adapter, device):
     dataset = ClassificationDataset(rows, tokenizer, classes, context_length)
     if dataset.n_truncated:
         print(f"{dataset.n_truncated} texts are truncated", file=sys.stderr)
-    logits, _ = predict_all(model.to(device), dataset)
-    for text, probs in zip(texts, logits.softmax(dim=1)):
-        print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
+    probs = predict_all(model.to(device), dataset).softmax(dim=1)
+    for text, p in zip(texts, probs):
+        print(f"{classes[p.argmax()]}\t{p.max():.4f}\t{text}")
 
 
 def chat(folder, adapter, max_new_tokens, device, **sampling):
@@ -660,17 +617,15 @@ def chat(folder, adapter, max_new_tokens, device, **sampling):
     while True:
         try:
             instruction = input("\n> ").strip()
-            if not instruction:
-                continue
             prompt = format_prompt({"instruction": instruction})
             room = model.config.context_length + 1 - len(tokenizer.encode(prompt))
             if room < 1:
                 print("The instruction is too long for the context of the model.")
-                continue
-            n_tokens = min(max_new_tokens, room)
-            for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **sampling):
-                print(piece, end="", flush=True)
-            print()
+            elif instruction:
+                n_tokens = min(max_new_tokens, room)
+                for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **sampling):
+                    print(piece, end="", flush=True)
+                print()
         except KeyboardInterrupt:
             print(" ...")
         except EOFError:
@@ -712,14 +667,13 @@ def ask_for_score(url, model, prompt):
     with named_errors(url):
         if not response.ok:
             raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
-        # Not response.json(): its error is an OSError, which does not name the URL
+        # Not response.json(), which raises an OSError without the URL
         answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
     # Without the thoughts of a reasoning model, there must be one number, such as 85 or 85/100
     answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
     numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
-    if len(numbers) == 1 and 0 <= float(numbers[0]) <= 100:
-        return float(numbers[0])
-    return None
+    is_score = len(numbers) == 1 and 0 <= float(numbers[0]) <= 100
+    return float(numbers[0]) if is_score else None
 
 
 def main():

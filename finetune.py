@@ -1,8 +1,7 @@
 """
 Finetuning: turn a GPT-2 into a classifier, or into an assistant that follows instructions, by
-training all of it, the last block, or LoRA adapters.
+training all of it, or LoRA adapters. The default base is out/stories, which train.py makes.
 
-    python train.py                                     first: makes out/stories, the default base
     python finetune.py classify                         data/messages.tsv -> out/spam
     python finetune.py predict out/spam "You have won a prize"
     python finetune.py instruct                         data/instructions.json -> out/assistant
@@ -33,19 +32,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import load_gpt2
+import train
 from gpt import GPT, create_dataloader, eval_mode
 from load_gpt2 import named_errors, print_line, read_json, save_gpt2, show_progress, write_json
-from train import (
-    TrainConfig,
-    add_options,
-    find_files,
-    is_small,
-    option,
-    print_on_rank_0,
-    process_rank,
-    start_processes,
-    train,
-)
+from train import TrainConfig, add_options, find_files, is_small, option, process_rank
 
 # --------------------------------------------------------------------------------------------------
 # Classification: a linear layer reads the class from the hidden state of the last token, the only
@@ -106,10 +96,9 @@ def load_classifier(folder):
     path = Path(folder) / "config.json"
     config = load_gpt2.read_config(path)
     labels = read_json(path).get("id2label")
-    with named_errors(path):
-        if labels is None:
-            raise ValueError("not a classifier: it has no id2label")
-        classes = [labels[str(i)] for i in range(len(labels))]
+    if not labels:
+        raise ValueError(f"{path}: not a classifier: it has no id2label")
+    classes = [labels[i] for i in sorted(labels, key=int)]
     with torch.device("meta"):
         model = GPTClassifier(GPT(config), len(classes))
     load_gpt2.assign_weights(model, load_gpt2.read_weights(folder), folder)
@@ -203,8 +192,6 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
 # low rank. So W is frozen, and the product of two thin matrices is learned beside it:
 # W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank).
 
-LORA_TARGETS = ("c_attn", "c_proj", "c_fc")
-
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with a trained low-rank adapter"""
@@ -225,7 +212,7 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
 
 
-def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
+def add_lora(model, rank, alpha=16, dropout=0.0, targets=("c_attn", "c_proj", "c_fc")):
     """
     Freeze a model in place, and give an adapter to each nn.Linear whose name ends in one of targets
     ("c_attn", or longer, as "h.0.attn.c_attn"). Raises ValueError for a target that none has.
@@ -246,14 +233,11 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
 @torch.no_grad()
 def merge_lora(model):
     """Add the adapters to their matrices, in place. The result is an ordinary model."""
-    for name, lora in lora_layers(model).items():
-        lora.linear.weight += lora.scale * lora.lora_B.weight @ lora.lora_A.weight
-        model.set_submodule(name, lora.linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            module.linear.weight += module.scale * module.lora_B.weight @ module.lora_A.weight
+            model.set_submodule(name, module.linear)
     return model
-
-
-def lora_layers(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 # The settings in PEFT's adapter_config.json that are accepted: those of plain LoRA, and those that
@@ -261,9 +245,8 @@ def lora_layers(model):
 PEFT_ALLOWED = {
     *("peft_type=LORA", "bias=none", "init_lora_weights=True", "init_lora_weights=gaussian"),
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core"),
-    *("modules_to_save", "peft_version", "qalora_group_size", "revision", "target_modules"),
-    *("task_type",),
+    *("inference_mode", "layers_to_transform", "megatron_core", "modules_to_save"),
+    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
 }
 
 
@@ -282,18 +265,17 @@ def save_lora(model, folder, base, classes=None):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    is_classifier = isinstance(model, GPTClassifier)
-    layers = lora_layers(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     lora = next(iter(layers.values()))  # all have the same settings
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        # For SEQ_CLS, PEFT loads the head too
+        "task_type": "SEQ_CLS" if isinstance(model, GPTClassifier) else "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": lora.lora_A.out_features,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.lora_dropout.p,
         "target_modules": list(layers),
-        "modules_to_save": ["score"] if is_classifier else None,
         "fan_in_fan_out": True,  # transformers stores GPT-2's matrices as (in, out)
         "bias": "none",
         "inference_mode": True,
@@ -341,15 +323,14 @@ def merge_adapter(model, folder, adapter):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data
+# What both tasks share: rows, batches, and one way to start, train and save
 
 
 def read_rows(source, folder, columns, optional=()):
     """
-    A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json: a list of objects;
-    .jsonl: an object in each line; .csv: with a header; any other name: separated by tabs, with a
-    header, or else label and text. Raises ValueError with the number of the row for a value that is
-    neither text nor integer, or empty and not optional.
+    A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json holds a list of
+    objects, .jsonl one in each line, .csv has a header, other files have tabs and a header, or else
+    label and text. Raises ValueError with the number of a row whose value is not text or integer.
     """
     (path,) = find_files([source], Path(folder))
     with open(path, encoding="utf-8-sig", newline="") as file, named_errors(path):
@@ -380,14 +361,13 @@ def read_rows(source, folder, columns, optional=()):
         return result
 
 
-def split_rows(rows, seed, key=None):
+def split_rows(rows, seed, key=lambda row: 0):
     """
     -> 80 % of the rows for training, 10 % for validation, 10 % for the test, at random. Rows with
     the same key are spread evenly (a stratified split).
     """
     rows = random.Random(seed).sample(rows, len(rows))
-    if key:
-        rows.sort(key=key)  # is stable: rows with the same key stay shuffled
+    rows.sort(key=key)  # is stable: rows with the same key stay shuffled
     training = [row for i, row in enumerate(rows) if i % 5]
     return training, rows[0::10], rows[5::10]
 
@@ -409,10 +389,6 @@ def batches_by_length(lengths, batch_size, n_epochs, seed):
     return batches
 
 
-# --------------------------------------------------------------------------------------------------
-# One way to start, train and save, for both tasks
-
-
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     steps: int | None = option(None, "instead of --epochs")
@@ -421,9 +397,7 @@ class FinetuneConfig(TrainConfig):
     epochs: float = option(4.0, "passes over the training rows")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
     context_length: int = option(1024, "cut rows to this length, at most the model's")
-    dropout: float | None = option(
-        None, "in the model, before adapters too (default: 0.1; small model 0.15)"
-    )
+    dropout: float | None = option(None, "before adapters too (default: 0.1; small model 0.15)")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
 
@@ -441,8 +415,8 @@ def load_base(config):
     if config.dropout is None:
         config = replace(config, dropout=0.15 if small else 0.1)
     if config.learning_rate is None:
-        learning_rate = 2e-3 if small else 1e-3 if config.lora_rank else 5e-5
-        config = replace(config, learning_rate=learning_rate)
+        large = 1e-3 if config.lora_rank else 5e-5
+        config = replace(config, learning_rate=2e-3 if small else large)
     context_length = min(config.context_length, base.config.context_length)
     config = replace(config, context_length=context_length)
     torch.manual_seed(config.seed)
@@ -479,7 +453,7 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
     def get_batch(step):
         return collate_fn([training[row] for row in batches[step]])
 
-    def save_best():
+    def save_all():
         # These belong to earlier weights, of this run or of another
         shutil.rmtree(config.out / "adapter", ignore_errors=True)
         (config.out / "responses.json").unlink(missing_ok=True)
@@ -491,8 +465,8 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print_on_rank_0(f"{sizes}; {trained:,} of {total:,} parameters are trained; {config.device}")
-    train(model, get_batch, val_loader, config, save=save_best, report=report, content=content)
+    train.print_on_rank_0(f"{sizes}; {trained:,} of {total:,} parameters trained; {config.device}")
+    train.train(model, get_batch, val_loader, config, save=save_all, report=report, content=content)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -518,6 +492,7 @@ def classify(config):
     classes = sorted(counts)
     if len(classes) < 2 or min(counts.values()) < 10:
         raise ValueError(f"{config.data}: needs two classes with ten rows each, not {dict(counts)}")
+    train.print_on_rank_0(f"{len(rows)} rows: {dict(counts)}")
     gpt, tokenizer, config = load_base(config)
     model = GPTClassifier(gpt, len(classes))
     datasets = [
@@ -587,10 +562,9 @@ def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
-        path = Path(adapter) / "classes.json"
-        content = read_json(path)
-        with named_errors(path):
-            classes, context_length = content["classes"], content["context_length"]
+        head = read_json(Path(adapter) / "classes.json")
+        classes = head["classes"]
+        context_length = head["context_length"]
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)
@@ -612,7 +586,7 @@ def chat(folder, adapter, max_new_tokens, device, **sampling):
     model, tokenizer = load_gpt2.load_gpt2(folder)
     if adapter:
         model = merge_adapter(model, folder, adapter)
-    model.to(device, load_gpt2.fast_dtype(device)).eval()
+    model.to(device, load_gpt2.fast_dtype(device))
     print("Each line is an instruction of its own. Ctrl-C stops a response, Ctrl-D ends the chat.")
     while True:
         try:
@@ -647,33 +621,28 @@ def judge(responses, url, model):
     """Score responses with a larger model on a server that has OpenAI's chat API."""
     columns = ("instruction", "input", "output", "response")
     rows = read_rows(responses, Path("."), columns, optional=("input", "response"))
-    scores = []
-    for i, row in enumerate(rows, 1):
-        scores.append(ask_for_score(url, model, JUDGE_PROMPT.format(**row)))
-        show_progress(f"{i} of {len(rows)}")
-    valid = [score for score in scores if score is not None]
-    if not valid:
-        raise ValueError(f"{url}: none of {len(scores)} answers is a number from 0 to 100")
-    print_line(f"mean score {sum(valid) / len(valid):.1f} of {len(valid)} (of {len(scores)} rows)")
-
-
-def ask_for_score(url, model, prompt):
-    """-> the number in the answer of the server, or None"""
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+    url = f"{url.rstrip('/')}/chat/completions"
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = f"{url.rstrip('/')}/chat/completions"
-    response = requests.post(url, json=body, headers=headers, timeout=300)  # large models are slow
-    with named_errors(url):
-        if not response.ok:
-            raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
-        # Not response.json(), which raises an OSError without the URL
-        answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
-    # Without the thoughts of a reasoning model, there must be one number, such as 85 or 85/100
-    answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
-    is_score = len(numbers) == 1 and 0 <= float(numbers[0]) <= 100
-    return float(numbers[0]) if is_score else None
+    scores = []
+    for i, row in enumerate(rows, 1):
+        message = {"role": "user", "content": JUDGE_PROMPT.format(**row)}
+        body = {"model": model, "messages": [message], "temperature": 0}
+        response = requests.post(url, json=body, headers=headers, timeout=300)  # seconds
+        with named_errors(url):
+            if not response.ok:
+                raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
+            # Not response.json(), which raises an OSError without the URL
+            answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
+        # Without the thoughts of a reasoning model, there must be one number, as 85 or 85/100
+        answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
+        if len(numbers) == 1 and 0 <= float(numbers[0]) <= 100:
+            scores.append(float(numbers[0]))
+        show_progress(f"{i} of {len(rows)}")
+    if not scores:
+        raise ValueError(f"{url}: none of {len(rows)} answers is a number from 0 to 100")
+    print_line(f"mean score {sum(scores) / len(scores):.1f} of {len(scores)} (of {len(rows)} rows)")
 
 
 def main():
@@ -681,8 +650,7 @@ def main():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add_command(function):
-        text = function.__doc__
-        command = commands.add_parser(function.__name__, help=text, description=text)
+        command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         return command
 
@@ -714,7 +682,7 @@ def main():
     function = args.pop("function")
     if function in configs:
         config = configs[function](**args)
-        start_processes(config.device)
+        train.start_processes(config.device)
         function(config)
         if dist.is_initialized():
             dist.destroy_process_group()

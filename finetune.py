@@ -285,8 +285,7 @@ def save_lora(model, folder, base, classes=None):
     load_gpt2.write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
     if classes:
-        context_length = model.transformer.config.context_length
-        write_json(folder / "classes.json", {"classes": classes, "context_length": context_length})
+        write_json(folder / "classes.json", {"classes": classes})
 
 
 def load_lora(model, folder):
@@ -396,7 +395,6 @@ class FinetuneConfig(TrainConfig):
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(4.0, "passes over the training rows")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
-    context_length: int = option(1024, "cut rows to this length, at most the model's")
     dropout: float | None = option(None, "before adapters too (default: 0.1; small model 0.15)")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
@@ -417,13 +415,9 @@ def load_base(config):
     if config.learning_rate is None:
         large = 1e-3 if config.lora_rank else 5e-5
         config = replace(config, learning_rate=2e-3 if small else large)
-    context_length = min(config.context_length, base.config.context_length)
-    config = replace(config, context_length=context_length)
     torch.manual_seed(config.seed)
-    model = GPT(replace(base.config, dropout=config.dropout, context_length=context_length))
-    weights = base.state_dict()
-    weights["wpe.weight"] = weights["wpe.weight"][:context_length]
-    model.load_state_dict(weights)
+    model = GPT(replace(base.config, dropout=config.dropout))
+    model.load_state_dict(base.state_dict())
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.dropout)
     return model, tokenizer, config
@@ -435,9 +429,8 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
     content, report: see `train`. classes: of a classifier.
     """
     training, validation, _ = datasets
-    n_truncated = sum(dataset.n_truncated for dataset in datasets)
     sizes = "{} rows for training, {} for validation, {} for the test; ".format(*map(len, datasets))
-    sizes += f"{n_truncated} were too long for {config.context_length} tokens"
+    sizes += f"{sum(d.n_truncated for d in datasets)} were too long for the context of the model"
     steps_per_epoch = len(training) // config.batch_size
     if steps_per_epoch == 0 or not all(datasets):
         raise ValueError(f"{config.data} is too small for batches of {config.batch_size}: {sizes}")
@@ -496,7 +489,7 @@ def classify(config):
     gpt, tokenizer, config = load_base(config)
     model = GPTClassifier(gpt, len(classes))
     datasets = [
-        ClassificationDataset(part, tokenizer, classes, config.context_length)
+        ClassificationDataset(part, tokenizer, classes, gpt.config.context_length)
         for part in split_rows(rows, config.seed, key=lambda row: row[1])
     ]
 
@@ -532,7 +525,7 @@ def instruct(config):
     entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
     model, tokenizer, config = load_base(config)
     datasets = [
-        InstructionDataset(part, tokenizer, config.context_length)
+        InstructionDataset(part, tokenizer, model.config.context_length)
         for part in split_rows(entries, config.seed)
     ]
     _, validation, test = datasets
@@ -562,17 +555,15 @@ def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
-        head = read_json(Path(adapter) / "classes.json")
-        classes = head["classes"]
-        context_length = head["context_length"]
+        classes = read_json(Path(adapter) / "classes.json")["classes"]
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)
-        context_length = model.transformer.config.context_length
     texts = texts or sys.stdin.read().rstrip("\n").split("\n")
     if not all(text.strip() for text in texts):
         raise ValueError("a text is empty")
     rows = [(text, classes[0]) for text in texts]  # the class is not used
+    context_length = model.transformer.config.context_length
     dataset = ClassificationDataset(rows, tokenizer, classes, context_length)
     if dataset.n_truncated:
         print(f"{dataset.n_truncated} texts are truncated", file=sys.stderr)

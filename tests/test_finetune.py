@@ -568,7 +568,7 @@ def messages(tmp_path):
     """Two classes that can be told apart by a word, in different numbers"""
     path = tmp_path / "messages.tsv"
     lines = [f"ham\tsee you at {i}\n" for i in range(30)]
-    lines += [f"spam\twin {i * 'now '}\n" for i in range(1, 21)]
+    lines += [f"spam\twin {3 * i * 'now '}\n" for i in range(1, 21)]
     path.write_text("label\ttext\n" + "".join(lines), encoding="utf-8")
     return path
 
@@ -588,10 +588,12 @@ def instructions(tmp_path):
 def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     out = tmp_path / "out"
     args = ["--data", messages, "--out", out, *QUICK, "--epochs", 6]
-    args += ["--context-length", 30, *how]
-    code, output, error = run(monkeypatch, capsys, "classify", *args)
+    code, output, error = run(monkeypatch, capsys, "classify", *args, *how)
     assert code == 0, error
-    assert "were too long for 30 tokens" in output
+    tokenizer = load_gpt2(TINY)[1]
+    texts = [line.split("\t")[1] for line in messages.read_text().splitlines()]
+    n_truncated = sum(len(tokenizer.encode(text)) > 48 for text in texts)
+    assert n_truncated > 0 and f"; {n_truncated} were too long" in output
     assert (out / "adapter").exists() == ("--lora-rank" in how)
     curve = [row for row in read_losses(out) if row["val_loss"]]
     assert all(0 <= float(row["val_accuracy"]) <= 1 for row in curve)
@@ -601,7 +603,6 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     # Only what was to be trained has changed
     before = load_gpt2(TINY)[0].state_dict()
     after = load_classifier(out)[0].transformer.state_dict()
-    before["wpe.weight"] = before["wpe.weight"][:30]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if "--lora-rank" in how:
         layers = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -614,7 +615,7 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert [line[0] for line in lines] == ["ham", "spam"]
     assert [line[2] for line in lines] == ["see you at 7", "win now now now"]
     assert all(0.5 < float(line[1]) <= 1 for line in lines)
-    long = "see you " * 30 + "win now now now"  # predict reads as much of a text as training did
+    long = "see you " * 30 + "win now now now"
     code, _, error = run(monkeypatch, capsys, "predict", out, long)
     assert (code, error) == (0, "1 texts are truncated\n")
     if "--lora-rank" in how:  # the adapter does on the base what the merged model does
@@ -719,7 +720,7 @@ def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, tmp_
     args = ["classify", "--data", messages, "--out", out, *QUICK]
     assert run(monkeypatch, capsys, *args, "--lora-rank", 2)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for change in (("--batch-size", 0), ("--epochs", 0), ("--context-length", 1.5)):
+    for change in (("--batch-size", 0), ("--epochs", 0), ("--lora-rank", 1.5)):
         code, _, error = run(monkeypatch, capsys, *args, "--overwrite", *change)
         assert is_error(code, error)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -753,7 +754,7 @@ def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions)
     assert [row["response"] for row in results] == respond(model, tokenizer, results, 8)
     args = ["--data", instructions, *QUICK, "--out", tmp_path / "none"]  # no prompt fits into TINY
     code, _, error = run(monkeypatch, capsys, "instruct", *args)
-    assert is_error(code, error) and "40 were too long for 48 tokens" in error
+    assert is_error(code, error) and "40 were too long" in error
 
 
 def test_an_adapter_completes_texts_as_the_merged_model(

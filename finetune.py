@@ -1,8 +1,7 @@
 """
 Finetuning: turn a GPT-2 into a classifier, or into an assistant that follows instructions, by
-training all of it, the last block, or LoRA adapters.
+training all of it, or LoRA adapters. The default base is out/stories, which train.py makes.
 
-    python train.py                                     first: makes out/stories, the default base
     python finetune.py classify                         data/messages.tsv -> out/spam
     python finetune.py predict out/spam "You have won a prize"
     python finetune.py instruct                         data/instructions.json -> out/assistant
@@ -20,7 +19,6 @@ import random
 import re
 import shutil
 import sys
-import textwrap
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,23 +32,14 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import load_gpt2
+import train
 from gpt import GPT, create_dataloader, eval_mode
 from load_gpt2 import named_errors, print_line, read_json, save_gpt2, show_progress, write_json
-from train import (
-    TrainConfig,
-    add_options,
-    find_files,
-    is_small,
-    option,
-    print_on_rank_0,
-    process_rank,
-    start_processes,
-    train,
-)
+from train import TrainConfig, add_options, find_files, is_small, option, process_rank
 
 # --------------------------------------------------------------------------------------------------
 # Classification: a linear layer reads the class from the hidden state of the last token, the only
-# one that has attended to the whole text
+# one that attends to the whole text
 
 
 class GPTClassifier(nn.Module):
@@ -64,9 +53,8 @@ class GPTClassifier(nn.Module):
 
     def forward(self, ids, lengths, labels=None):
         """
-        ids (B, T), padded on the right; lengths (B,), the tokens of each text -> logits
-        (B, n_classes); with labels (B,), the mean cross-entropy. Padding has no effect: the causal
-        mask hides it from the text.
+        ids (B, T), padded on the right; lengths (B,) without padding -> logits (B, n_classes), or
+        with labels (B,) the mean cross-entropy. The causal mask hides the padding from the text.
         """
         x = self.transformer.features(ids)  # (B, T, C)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C), of the last tokens
@@ -75,10 +63,7 @@ class GPTClassifier(nn.Module):
 
 
 class ClassificationDataset(list):
-    """
-    (text, label) pairs -> (ids, index of the class). Of texts that are too long, the beginning is
-    kept; n_truncated counts them.
-    """
+    """(text, label) pairs -> (ids, index of the class). n_truncated: texts that lost their end"""
 
     def __init__(self, rows, tokenizer, classes, context_length):
         self.n_truncated = 0
@@ -111,10 +96,9 @@ def load_classifier(folder):
     path = Path(folder) / "config.json"
     config = load_gpt2.read_config(path)
     labels = read_json(path).get("id2label")
-    with named_errors(path):
-        if labels is None:
-            raise ValueError("not a classifier: it has no id2label")
-        classes = [labels[str(i)] for i in range(len(labels))]
+    if not labels:
+        raise ValueError(f"{path}: not a classifier: it has no id2label")
+    classes = [labels[i] for i in sorted(labels, key=int)]
     with torch.device("meta"):
         model = GPTClassifier(GPT(config), len(classes))
     load_gpt2.assign_weights(model, load_gpt2.read_weights(folder), folder)
@@ -123,17 +107,16 @@ def load_classifier(folder):
 
 @torch.no_grad()
 def predict_all(model, dataset):
-    """-> logits (n_rows, n_classes) and labels (n_rows,), on the CPU"""
+    """Rows of a ClassificationDataset -> logits (n_rows, n_classes), on the CPU"""
     device = model.score.weight.device
     loader = create_dataloader(dataset, 32, collate_fn=collate_texts)
     with eval_mode(model):
-        batches = [(model(ids.to(device), n.to(device)).cpu(), labels) for ids, n, labels in loader]
-    logits, labels = zip(*batches)
-    return torch.cat(logits), torch.cat(labels)
+        return torch.cat([model(ids.to(device), n.to(device)).cpu() for ids, n, _ in loader])
 
 
-def accuracy(logits, labels):
-    return (logits.argmax(dim=1) == labels).float().mean().item()
+def accuracy(model, dataset):
+    predicted = predict_all(model, dataset).argmax(dim=1).tolist()
+    return sum(i == label for i, (_, label) in zip(predicted, dataset)) / len(dataset)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,8 +147,8 @@ CHAT_TEMPLATE = (
 class InstructionDataset(list):
     """
     Entries {instruction, input, output} -> (ids, targets), (T,) each, of prompt, response and
-    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end, or are left
-    out if there is no room for a response; n_truncated counts both. `entries` are the kept ones.
+    end-of-text. Targets in the prompt are -100. Rows that are too long lose their end; those with
+    no room for a response are left out. n_truncated counts both. `entries` are the kept ones.
     """
 
     def __init__(self, entries, tokenizer, context_length):
@@ -173,16 +156,13 @@ class InstructionDataset(list):
         self.n_truncated = 0
         for entry in entries:
             prompt = tokenizer.encode(format_prompt(entry))
-            ids = prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot]
+            ids = torch.tensor(prompt + tokenizer.encode(entry["output"]) + [tokenizer.eot])
+            targets = ids.clone()
+            targets[: len(prompt)] = -100
             self.n_truncated += len(ids) > context_length + 1
-            if len(prompt) > context_length:
-                continue
-            ids = torch.tensor(ids[: context_length + 1])
-            targets = ids[1:].clone()
-            # The target of the last prompt token is the first token of the response
-            targets[: len(prompt) - 1] = -100
-            self.append((ids[:-1], targets))
-            self.entries.append(entry)
+            if len(prompt) <= context_length:
+                self.append((ids[:-1][:context_length], targets[1:][:context_length]))
+                self.entries.append(entry)
 
 
 def collate_instructions(batch):
@@ -198,8 +178,8 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
     for start in range(0, len(entries), batch_size):
         batch = entries[start : start + batch_size]
         prompts = [tokenizer.encode(format_prompt(entry)) for entry in batch]
-        # The last new token needs no position, hence + 1. A row that outgrows its context before
-        # others goes on with a shortened text (see GPT.generate); ids[:n] drops these tokens.
+        # The last new token needs no position, hence + 1. generate shortens a text that outgrows
+        # the context and goes on with it; ids[:n] drops these tokens.
         room = [model.config.context_length + 1 - len(prompt) for prompt in prompts]
         n_new = min(max_new_tokens, max(room))
         new_ids = model.generate(prompts, n_new, temperature=0, eos_id=tokenizer.eot)
@@ -212,8 +192,6 @@ def respond(model, tokenizer, entries, max_new_tokens, batch_size=32):
 # low rank. So W is frozen, and the product of two thin matrices is learned beside it:
 # W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank).
 
-LORA_TARGETS = ("c_attn", "c_proj", "c_fc")
-
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with a trained low-rank adapter"""
@@ -221,35 +199,32 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__()
         self.linear = linear
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, **like)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, **like)
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
         # The adapter starts as 0; A is random, so that B has a gradient
         nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(dropout)
         self.alpha = alpha
         self.scale = alpha / rank  # the same learning rate suits every rank
+        self.to(linear.weight)  # its device and dtype
 
     def forward(self, x):
         return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
 
 
-def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
+def add_lora(model, rank, alpha=16, dropout=0.0, targets=("c_attn", "c_proj", "c_fc")):
     """
-    Freeze a model in place and give an adapter to each nn.Linear whose name is or ends in one of
-    targets ("c_attn", or longer, as "h.0.attn.c_attn").
-    Raises ValueError for a target that no layer has.
+    Freeze a model in place, and give an adapter to each nn.Linear whose name ends in one of targets
+    ("c_attn", or longer, as "h.0.attn.c_attn"). Raises ValueError for a target that none has.
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank {rank} is not positive")
-    if lora_layers(model):
-        raise ValueError("the model has adapters already; merge_lora merges them")
     model.requires_grad_(False)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for target in targets:
         names = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not names:
-            raise ValueError(f"no linear layer is called {target}; LoRA is for {LORA_TARGETS}")
+            raise ValueError(f"no linear layer is called {target}")
         for name in names:
             model.set_submodule(name, LoRALinear(layers[name], rank, alpha, dropout))
     return model
@@ -258,38 +233,27 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=LORA_TARGETS):
 @torch.no_grad()
 def merge_lora(model):
     """Add the adapters to their matrices, in place. The result is an ordinary model."""
-    for name, lora in lora_layers(model).items():
-        lora.linear.weight += lora.scale * lora.lora_B.weight @ lora.lora_A.weight
-        model.set_submodule(name, lora.linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            module.linear.weight += module.scale * module.lora_B.weight @ module.lora_A.weight
+            model.set_submodule(name, module.linear)
     return model
 
 
-def lora_layers(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-# What PEFT's adapter_config.json may hold besides r, lora_alpha and lora_dropout: keys that do not
-# change what is computed (the names of the tensors say which layers have adapters), and values that
-# leave other variants of LoRA off. Everything else is refused.
-PEFT_IGNORED = {
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version"),
-    *("qalora_group_size", "revision", "target_modules", "task_type"),
-}
+# The settings in PEFT's adapter_config.json that are accepted: those of plain LoRA, and those that
+# change nothing here, as the names of the tensors say which layers they belong to
 PEFT_ALLOWED = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
-    "modules_to_save": (None, ["score"], ["classifier", "score"]),
+    *("peft_type=LORA", "bias=none", "init_lora_weights=True", "init_lora_weights=gaussian"),
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
+    *("inference_mode", "layers_to_transform", "megatron_core", "modules_to_save"),
+    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
 }
 
 
 def peft_names(model):
     """-> {name in PEFT's files: name here} of the adapters, and of the head of a classifier"""
-    # PEFT's names begin with those of its wrappers: base_model.model.transformer.h.0...
-    prefix = "base_model.model."
-    if not isinstance(model, GPTClassifier):
-        prefix += "transformer."
+    # PEFT's names begin with those of its own modules
+    prefix = "base_model.model." + ("" if isinstance(model, GPTClassifier) else "transformer.")
     names = [name for name in model.state_dict() if ".lora_" in name or name == "score.weight"]
     return {prefix + name: name for name in names}
 
@@ -301,18 +265,17 @@ def save_lora(model, folder, base, classes=None):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    is_classifier = isinstance(model, GPTClassifier)
-    layers = lora_layers(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     lora = next(iter(layers.values()))  # all have the same settings
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        # For SEQ_CLS, PEFT loads the head too
+        "task_type": "SEQ_CLS" if isinstance(model, GPTClassifier) else "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": lora.lora_A.out_features,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.lora_dropout.p,
         "target_modules": list(layers),
-        "modules_to_save": ["score"] if is_classifier else None,
         "fan_in_fan_out": True,  # transformers stores GPT-2's matrices as (in, out)
         "bias": "none",
         "inference_mode": True,
@@ -322,30 +285,26 @@ def save_lora(model, folder, base, classes=None):
     load_gpt2.write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", config)
     if classes:
-        context_length = model.transformer.config.context_length
-        write_json(folder / "classes.json", {"classes": classes, "context_length": context_length})
+        write_json(folder / "classes.json", {"classes": classes})
 
 
 def load_lora(model, folder):
     """
-    Add the adapters that `save_lora` or PEFT wrote to a model, in place. Raises ValueError for a
-    variant of LoRA that is not computed here, or tensors that do not fit the model.
+    Add the adapters that `save_lora` or PEFT wrote to a model, in place. Raises ValueError for
+    another variant of LoRA, or tensors that do not fit the model.
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     with named_errors(path):
         settings = [config.pop(name) for name in ("r", "lora_alpha", "lora_dropout")]
-        for name in sorted(config.keys() - PEFT_IGNORED):
-            if config[name] not in PEFT_ALLOWED.get(name, (None, False, {}, [])):
-                raise ValueError(f"{name}={config[name]} is not supported, only plain LoRA")
+        for name, value in config.items():
+            if value and not PEFT_ALLOWED & {name, f"{name}={value}"}:
+                raise ValueError(f"{name}={value} is not supported, only plain LoRA")
     path = Path(folder) / "adapter_model.safetensors"
     tensors = load_gpt2.read_safetensors(path)
     with named_errors(path):
         # base_model.model.transformer.h.0.attn.c_attn.lora_A.weight -> h.0.attn.c_attn
-        pattern = r"base_model\.model\.(?:transformer\.)?(.*)\.lora_A\.weight"
-        layers = [match[1] for match in (re.fullmatch(pattern, name) for name in tensors) if match]
-        if not layers:
-            raise ValueError("no adapters in it")
+        layers = re.findall(r"transformer\.(\S+)\.lora_A\.weight", " ".join(tensors))
         add_lora(model, *settings, layers)
         names = peft_names(model)
         misfits = names.keys() ^ tensors.keys()
@@ -355,20 +314,24 @@ def load_lora(model, folder):
     return model
 
 
+def merge_adapter(model, folder, adapter):
+    """Load adapters for the model of a folder, and merge them."""
+    if Path(adapter).resolve().parent == Path(folder).resolve():
+        raise ValueError(f"the weights in {folder} already contain {adapter}")
+    return merge_lora(load_lora(model, adapter))
+
+
 # --------------------------------------------------------------------------------------------------
-# Data
+# What both tasks share: rows, batches, and one way to start, train and save
 
 
 def read_rows(source, folder, columns, optional=()):
     """
-    A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json: a list of objects;
-    .jsonl: an object in each line; .csv: with a header; any other name: separated by tabs, with a
-    header, or else label and text. Raises ValueError with the number of the row for a value that is
-    neither text nor integer, or empty and not optional.
+    A file, or a URL (downloaded into `folder`) -> list of {column: text}. .json holds a list of
+    objects, .jsonl one in each line, .csv has a header, other files have tabs and a header, or else
+    label and text. Raises ValueError with the number of a row whose value is not text or integer.
     """
-    path, *more = find_files([source], Path(folder))
-    if more:
-        raise ValueError(f"{source}: one file is needed, not {1 + len(more)}")
+    (path,) = find_files([source], Path(folder))
     with open(path, encoding="utf-8-sig", newline="") as file, named_errors(path):
         if path.suffix == ".json":
             rows = json.load(file)
@@ -389,31 +352,30 @@ def read_rows(source, folder, columns, optional=()):
                 raise ValueError(f"row {i} does not have the columns of the others")
             values = {c: "" if row.get(c) is None else row[c] for c in columns}
             for column, value in values.items():
-                is_text = isinstance(value, (str, int))
-                if not is_text or not (str(value).strip() or column in optional):
+                is_empty = not str(value).strip() and column not in optional
+                if is_empty or not isinstance(value, (str, int)):
                     raise ValueError(f"row {i}: {column} is {value!r:.50}")
             # JSON can hold half characters (lone surrogates), which no file can
             result.append({c: str(v).encode(errors="replace").decode() for c, v in values.items()})
         return result
 
 
-def split_rows(rows, seed, key=None):
+def split_rows(rows, seed, key=lambda row: 0):
     """
-    -> 80 % of the rows for training, 10 % for validation and 10 % for the test, at random; rows
-    with the same key are spread evenly (a stratified split).
+    -> 80 % of the rows for training, 10 % for validation, 10 % for the test, at random. Rows with
+    the same key are spread evenly (a stratified split).
     """
     rows = random.Random(seed).sample(rows, len(rows))
-    if key:
-        rows.sort(key=key)  # is stable: rows with the same key stay shuffled
+    rows.sort(key=key)  # is stable: rows with the same key stay shuffled
     training = [row for i, row in enumerate(rows) if i % 5]
     return training, rows[0::10], rows[5::10]
 
 
 def batches_by_length(lengths, batch_size, n_epochs, seed):
     """
-    -> batches, each an array of rows. They come in random order, but the rows of a batch have
-    similar lengths: on short messages, this saves a third of the tokens, which would be padding.
-    Rows that do not fill a batch are left out, different ones in each epoch.
+    -> batches, each an array of rows, in random order. The rows of a batch have similar lengths:
+    on short messages, this saves a third of the tokens, which would be padding. In each epoch, the
+    rows that do not fill a batch are left out.
     """
     rng = np.random.default_rng(seed)
     n_full = len(lengths) // batch_size * batch_size
@@ -426,10 +388,6 @@ def batches_by_length(lengths, batch_size, n_epochs, seed):
     return batches
 
 
-# --------------------------------------------------------------------------------------------------
-# One way to start, train and save, for both tasks
-
-
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     steps: int | None = option(None, "instead of --epochs")
@@ -437,13 +395,9 @@ class FinetuneConfig(TrainConfig):
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(4.0, "passes over the training rows")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
-    context_length: int | None = option(None, "cut rows to this length (default: the model's)")
-    dropout: float | None = option(
-        None, "in the model, before adapters too (default: 0.1; small model 0.15)"
-    )
+    dropout: float | None = option(None, "before adapters too (default: 0.1; small model 0.15)")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
-    lora_targets: str = option(LORA_TARGETS, "layers with adapters", nargs="+")
 
     # Data may move, as its content is compared; epochs only set the number of steps
     may_change = TrainConfig.may_change | {"data", "epochs", "max_new_tokens"}
@@ -456,23 +410,16 @@ def load_base(config):
     base, tokenizer = load_gpt2.load_gpt2(config.init)
     # A small model has more to learn: a higher learning rate, and more dropout
     small = is_small(base.config)
-    defaults = {
-        "dropout": 0.15 if small else 0.1,
-        "learning_rate": 2e-3 if small else 1e-3 if config.lora_rank else 5e-5,
-        "context_length": base.config.context_length,
-    }
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    # A tuple, as the default: a resumed run compares them
-    config = replace(config, lora_targets=tuple(config.lora_targets), **missing)
-    if config.context_length > base.config.context_length:
-        raise ValueError(f"{config.init} has a --context-length of {base.config.context_length}")
+    if config.dropout is None:
+        config = replace(config, dropout=0.15 if small else 0.1)
+    if config.learning_rate is None:
+        large = 1e-3 if config.lora_rank else 5e-5
+        config = replace(config, learning_rate=2e-3 if small else large)
     torch.manual_seed(config.seed)
-    model = GPT(replace(base.config, dropout=config.dropout, context_length=config.context_length))
-    weights = base.state_dict()
-    weights["wpe.weight"] = weights["wpe.weight"][: config.context_length]
-    model.load_state_dict(weights)
+    model = GPT(replace(base.config, dropout=config.dropout))
+    model.load_state_dict(base.state_dict())
     if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.dropout, config.lora_targets)
+        add_lora(model, config.lora_rank, config.lora_alpha, config.dropout)
     return model, tokenizer, config
 
 
@@ -481,14 +428,11 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
     Train. datasets: for training, validation, test. save(model): called with adapters merged.
     content, report: see `train`. classes: of a classifier.
     """
-    training, validation, test = datasets
-    n_truncated = sum(dataset.n_truncated for dataset in datasets)
-    sizes = (
-        f"{len(training)} rows for training, {len(validation)} for validation, {len(test)} for the "
-        f"test; {n_truncated} were too long for {config.context_length} tokens"
-    )
+    training, validation, _ = datasets
+    sizes = "{} rows for training, {} for validation, {} for the test; ".format(*map(len, datasets))
+    sizes += f"{sum(d.n_truncated for d in datasets)} were too long for the context of the model"
     steps_per_epoch = len(training) // config.batch_size
-    if steps_per_epoch == 0 or not validation or not test:
+    if steps_per_epoch == 0 or not all(datasets):
         raise ValueError(f"{config.data} is too small for batches of {config.batch_size}: {sizes}")
     steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
     config = replace(config, steps=steps, eval_every=config.eval_every or steps_per_epoch)
@@ -502,7 +446,7 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
     def get_batch(step):
         return collate_fn([training[row] for row in batches[step]])
 
-    def save_best():
+    def save_all():
         # These belong to earlier weights, of this run or of another
         shutil.rmtree(config.out / "adapter", ignore_errors=True)
         (config.out / "responses.json").unlink(missing_ok=True)
@@ -514,8 +458,8 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print_on_rank_0(f"{sizes}; {trained:,} of {total:,} parameters are trained; {config.device}")
-    train(model, get_batch, val_loader, config, save=save_best, report=report, content=content)
+    train.print_on_rank_0(f"{sizes}; {trained:,} of {total:,} parameters trained; {config.device}")
+    train.train(model, get_batch, val_loader, config, save=save_all, report=report, content=content)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,38 +474,30 @@ class ClassifyConfig(FinetuneConfig):
     out: Path = option(Path("out/spam"), "output folder")
     text_column: str = option("text", "column of the texts")
     label_column: str = option("label", "column of the classes")
-    last_block: bool = option(False, "train only the last block and the head", action="store_true")
 
 
 def classify(config):
     """Learn to classify texts."""
     columns = (config.text_column, config.label_column)
     rows = read_rows(config.data, config.out.parent, columns)
-    rows = [(row[config.text_column], row[config.label_column]) for row in rows]
+    rows = [tuple(row[column] for column in columns) for row in rows]
     counts = Counter(label for _, label in rows)
     classes = sorted(counts)
-    parts = split_rows(rows, config.seed, key=lambda row: row[1])
-    found = ", ".join(f"{counts[name]} {name}" for name in classes)
     if len(classes) < 2 or min(counts.values()) < 10:
-        raise ValueError(f"{config.data}: needs two classes with ten rows each, not {found}")
+        raise ValueError(f"{config.data}: needs two classes with ten rows each, not {dict(counts)}")
+    train.print_on_rank_0(f"{len(rows)} rows: {dict(counts)}")
     gpt, tokenizer, config = load_base(config)
     model = GPTClassifier(gpt, len(classes))
-    if config.last_block:
-        if config.lora_rank:
-            raise ValueError("--last-block and --lora-rank exclude each other")
-        gpt.requires_grad_(False)
-        gpt.h[-1].requires_grad_()
-        gpt.ln_f.requires_grad_()
     datasets = [
-        ClassificationDataset(part, tokenizer, classes, config.context_length) for part in parts
+        ClassificationDataset(part, tokenizer, classes, gpt.config.context_length)
+        for part in split_rows(rows, config.seed, key=lambda row: row[1])
     ]
 
     def report():
-        score = accuracy(*predict_all(model, datasets[1]))
-        print(f"    accuracy {score:.1%} (validation)")
-        return {"val_accuracy": score}
+        val_accuracy = accuracy(model, datasets[1])
+        print(f"    accuracy {val_accuracy:.1%} (validation)")
+        return {"val_accuracy": val_accuracy}
 
-    print_on_rank_0(f"{len(rows)} rows: {found}")
     finetune(
         config, model, datasets, collate_texts, (rows, tokenizer.vocab), classes=classes,
         save=lambda merged: save_classifier(merged, tokenizer, classes, config.out), report=report,
@@ -569,13 +505,9 @@ def classify(config):
     if process_rank()[0] == 0:
         best, _, _ = load_classifier(config.out)
         best.to(config.device)
-        print("\n                loss  accuracy")
         for name, dataset in zip(("training", "validation", "test"), datasets):
-            logits, labels = predict_all(best, dataset)
-            loss = F.cross_entropy(logits, labels)
-            print(f"  {name:12}{loss:6.3f}  {accuracy(logits, labels):8.2%}")
-        text, _ = parts[2][0]
-        print(f'\nfinished: python finetune.py predict {config.out} "{text[:40]}"')
+            print(f"{name:>10} accuracy {accuracy(best, dataset):.2%}")
+        print(f'finished: python finetune.py predict {config.out} "{rows[0][0][:40]}"')
 
 
 @dataclass(frozen=True)
@@ -591,16 +523,17 @@ def instruct(config):
     """Learn to follow instructions."""
     columns = ("instruction", "input", "output")
     entries = read_rows(config.data, config.out.parent, columns, optional=("input",))
-    parts = split_rows(entries, config.seed)
     model, tokenizer, config = load_base(config)
-    datasets = [InstructionDataset(part, tokenizer, config.context_length) for part in parts]
+    datasets = [
+        InstructionDataset(part, tokenizer, model.config.context_length)
+        for part in split_rows(entries, config.seed)
+    ]
     _, validation, test = datasets
 
     def show_sample():
         entry = validation.entries[0]
         (response,) = respond(model, tokenizer, [entry], config.max_new_tokens)
-        text = f"{entry['instruction']} {entry['input']}\n-> {response}"
-        print(textwrap.indent(text, "    "), end="\n\n", flush=True)
+        print(f"{entry['instruction']} {entry['input']}\n-> {response}\n", flush=True)
 
     finetune(
         config, model, datasets, collate_instructions, (entries, tokenizer.vocab),
@@ -614,40 +547,29 @@ def instruct(config):
         results = [e | {"response": r} for e, r in zip(test.entries, responses)]
         write_json(config.out / "responses.json", results)
         for result in results[:3]:
-            print("\n" + "\n".join(f"{key:>13}: {text}" for key, text in result.items()))
-        print(f"\nall in {config.out}/responses.json; python finetune.py chat {config.out}")
-
-
-def merge_adapter(model, folder, adapter):
-    """Load adapters for the model of a folder, and merge them."""
-    if Path(adapter).resolve().parent == Path(folder).resolve():
-        raise ValueError(f"the weights in {folder} already contain {adapter}")
-    return merge_lora(load_lora(model, adapter))
+            print("\n".join(f"{key:>13}: {text}" for key, text in result.items()), end="\n\n")
+        print(f"all in {config.out}/responses.json; python finetune.py chat {config.out}")
 
 
 def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
-        path = Path(adapter) / "classes.json"
-        content = read_json(path)
-        with named_errors(path):
-            classes = [str(name) for name in content["classes"]]
-            context_length = min(content["context_length"], gpt.config.context_length)
+        classes = read_json(Path(adapter) / "classes.json")["classes"]
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)
-        context_length = model.transformer.config.context_length
     texts = texts or sys.stdin.read().rstrip("\n").split("\n")
     if not all(text.strip() for text in texts):
         raise ValueError("a text is empty")
     rows = [(text, classes[0]) for text in texts]  # the class is not used
+    context_length = model.transformer.config.context_length
     dataset = ClassificationDataset(rows, tokenizer, classes, context_length)
     if dataset.n_truncated:
         print(f"{dataset.n_truncated} texts are truncated", file=sys.stderr)
-    logits, _ = predict_all(model.to(device), dataset)
-    for text, probs in zip(texts, logits.softmax(dim=1)):
-        print(f"{classes[probs.argmax()]}\t{probs.max():.4f}\t{text}")
+    probs = predict_all(model.to(device), dataset).softmax(dim=1)
+    for text, p in zip(texts, probs):
+        print(f"{classes[p.argmax()]}\t{p.max():.4f}\t{text}")
 
 
 def chat(folder, adapter, max_new_tokens, device, **sampling):
@@ -655,22 +577,20 @@ def chat(folder, adapter, max_new_tokens, device, **sampling):
     model, tokenizer = load_gpt2.load_gpt2(folder)
     if adapter:
         model = merge_adapter(model, folder, adapter)
-    model.to(device, load_gpt2.fast_dtype(device)).eval()
+    model.to(device, load_gpt2.fast_dtype(device))
     print("Each line is an instruction of its own. Ctrl-C stops a response, Ctrl-D ends the chat.")
     while True:
         try:
             instruction = input("\n> ").strip()
-            if not instruction:
-                continue
             prompt = format_prompt({"instruction": instruction})
             room = model.config.context_length + 1 - len(tokenizer.encode(prompt))
             if room < 1:
                 print("The instruction is too long for the context of the model.")
-                continue
-            n_tokens = min(max_new_tokens, room)
-            for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **sampling):
-                print(piece, end="", flush=True)
-            print()
+            elif instruction:
+                n_tokens = min(max_new_tokens, room)
+                for piece in load_gpt2.stream_text(model, tokenizer, prompt, n_tokens, **sampling):
+                    print(piece, end="", flush=True)
+                print()
         except KeyboardInterrupt:
             print(" ...")
         except EOFError:
@@ -692,34 +612,28 @@ def judge(responses, url, model):
     """Score responses with a larger model on a server that has OpenAI's chat API."""
     columns = ("instruction", "input", "output", "response")
     rows = read_rows(responses, Path("."), columns, optional=("input", "response"))
-    scores = []
-    for i, row in enumerate(rows, 1):
-        scores.append(ask_for_score(url, model, JUDGE_PROMPT.format(**row)))
-        show_progress(f"{i} of {len(rows)}")
-    valid = [score for score in scores if score is not None]
-    if not valid:
-        raise ValueError(f"{url}: none of {len(scores)} answers is a number from 0 to 100")
-    print_line(f"mean score {sum(valid) / len(valid):.1f} of {len(valid)} (of {len(scores)} rows)")
-
-
-def ask_for_score(url, model, prompt):
-    """-> the number in the answer of the server, or None"""
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+    url = f"{url.rstrip('/')}/chat/completions"
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = f"{url.rstrip('/')}/chat/completions"
-    response = requests.post(url, json=body, headers=headers, timeout=300)  # large models are slow
-    with named_errors(url):
-        if not response.ok:
-            raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
-        # Not response.json(): its error is an OSError, which does not name the URL
-        answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
-    # Without the thoughts of a reasoning model, there must be one number, such as 85 or 85/100
-    answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
-    if len(numbers) == 1 and 0 <= float(numbers[0]) <= 100:
-        return float(numbers[0])
-    return None
+    scores = []
+    for i, row in enumerate(rows, 1):
+        message = {"role": "user", "content": JUDGE_PROMPT.format(**row)}
+        body = {"model": model, "messages": [message], "temperature": 0}
+        response = requests.post(url, json=body, headers=headers, timeout=300)  # seconds
+        with named_errors(url):
+            if not response.ok:
+                raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
+            # Not response.json(), which raises an OSError without the URL
+            answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
+        # Without the thoughts of a reasoning model, there must be one number, as 85 or 85/100
+        answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
+        if len(numbers) == 1 and 0 <= float(numbers[0]) <= 100:
+            scores.append(float(numbers[0]))
+        show_progress(f"{i} of {len(rows)}")
+    if not scores:
+        raise ValueError(f"{url}: none of {len(rows)} answers is a number from 0 to 100")
+    print_line(f"mean score {sum(scores) / len(scores):.1f} of {len(scores)} (of {len(rows)} rows)")
 
 
 def main():
@@ -727,8 +641,7 @@ def main():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add_command(function):
-        text = function.__doc__
-        command = commands.add_parser(function.__name__, help=text, description=text)
+        command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         return command
 
@@ -760,7 +673,7 @@ def main():
     function = args.pop("function")
     if function in configs:
         config = configs[function](**args)
-        start_processes(config.device)
+        train.start_processes(config.device)
         function(config)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -23,11 +23,11 @@ from conftest import run_main
 import finetune as finetune_py
 import load_gpt2 as load_gpt2_py
 from finetune import (
-    LORA_TARGETS,
     ClassificationDataset,
     GPTClassifier,
     InstructionDataset,
     LoRALinear,
+    accuracy,
     add_lora,
     batches_by_length,
     collate_instructions,
@@ -146,13 +146,14 @@ def test_classifier_loss_is_the_mean_of_cross_entropies():
 def test_predict_all_switches_dropout_off_and_on_again():
     model = GPTClassifier(small_gpt(dropout=0.5), 3).train()
     rows = [(torch.randint(0, 300, (9,)), i % 3) for i in range(35)]  # two batches
-    logits, labels = predict_all(model, rows)
+    logits = predict_all(model, rows)
     assert model.training and model.transformer.h[0].mlp.dropout.training
     model.eval()
     expected = torch.cat([model(ids[None], torch.tensor([9])) for ids, _ in rows])
     assert torch.allclose(logits, expected, atol=1e-6)
     assert not logits.requires_grad
-    assert labels.tolist() == [label for _, label in rows]
+    right = [i == label for i, (_, label) in zip(logits.argmax(1).tolist(), rows)]
+    assert accuracy(model, rows) == pytest.approx(sum(right) / 35)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -333,7 +334,6 @@ def test_adapter_of_a_classifier_has_its_head(tmp_path):
         ("peft_type", "IA3"),
         ("rank_pattern", {"c_fc": 2}),
         ("init_lora_weights", "pissa"),
-        ("modules_to_save", ["wte"]),
         ("alora_invocation_tokens", [1]),
         ("a_setting_of_tomorrow", 1),
     ],
@@ -568,7 +568,7 @@ def messages(tmp_path):
     """Two classes that can be told apart by a word, in different numbers"""
     path = tmp_path / "messages.tsv"
     lines = [f"ham\tsee you at {i}\n" for i in range(30)]
-    lines += [f"spam\twin {i * 'now '}\n" for i in range(1, 21)]
+    lines += [f"spam\twin {3 * i * 'now '}\n" for i in range(1, 21)]
     path.write_text("label\ttext\n" + "".join(lines), encoding="utf-8")
     return path
 
@@ -583,15 +583,17 @@ def instructions(tmp_path):
 
 @pytest.mark.parametrize(
     "how",
-    [[], ["--lora-rank", 4, "--learning-rate", 1e-2], ["--last-block", "--learning-rate", 1e-2]],
+    [[], ["--lora-rank", 4, "--learning-rate", 1e-2]],
 )
 def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     out = tmp_path / "out"
     args = ["--data", messages, "--out", out, *QUICK, "--epochs", 6]
-    args += ["--context-length", 30, *how]
-    code, output, error = run(monkeypatch, capsys, "classify", *args)
+    code, output, error = run(monkeypatch, capsys, "classify", *args, *how)
     assert code == 0, error
-    assert "were too long for 30 tokens" in output
+    tokenizer = load_gpt2(TINY)[1]
+    texts = [line.split("\t")[1] for line in messages.read_text().splitlines()]
+    n_truncated = sum(len(tokenizer.encode(text)) > 48 for text in texts)
+    assert n_truncated > 0 and f"; {n_truncated} were too long" in output
     assert (out / "adapter").exists() == ("--lora-rank" in how)
     curve = [row for row in read_losses(out) if row["val_loss"]]
     assert all(0 <= float(row["val_accuracy"]) <= 1 for row in curve)
@@ -601,12 +603,8 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     # Only what was to be trained has changed
     before = load_gpt2(TINY)[0].state_dict()
     after = load_classifier(out)[0].transformer.state_dict()
-    before["wpe.weight"] = before["wpe.weight"][:30]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    if "--last-block" in how:
-        assert changed
-        assert all(name.startswith(("h.1.", "ln_f.")) for name in changed)
-    elif "--lora-rank" in how:
+    if "--lora-rank" in how:
         layers = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
         assert changed == {name for name in before if name.endswith(layers)}
     else:
@@ -617,7 +615,7 @@ def test_classify_and_predict(monkeypatch, capsys, tmp_path, messages, how):
     assert [line[0] for line in lines] == ["ham", "spam"]
     assert [line[2] for line in lines] == ["see you at 7", "win now now now"]
     assert all(0.5 < float(line[1]) <= 1 for line in lines)
-    long = "see you " * 30 + "win now now now"  # predict reads as much of a text as training did
+    long = "see you " * 30 + "win now now now"
     code, _, error = run(monkeypatch, capsys, "predict", out, long)
     assert (code, error) == (0, "1 texts are truncated\n")
     if "--lora-rank" in how:  # the adapter does on the base what the merged model does
@@ -677,11 +675,11 @@ def test_the_same_command_repeats_the_report_of_a_finished_run(
     code, first, error = run(monkeypatch, capsys, *args)
     assert code == 0, error
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    # Spelled out, the default is the same setting
-    code, second, error = run(monkeypatch, capsys, *args, "--lora-targets", *LORA_TARGETS)
+    code, second, error = run(monkeypatch, capsys, *args)
     assert code == 0, error
     assert "finished at step 5" in second
-    assert second.partition("loss  accuracy")[2] == first.partition("loss  accuracy")[2] != ""
+    report = second[second.index("  training accuracy ") :]
+    assert first.endswith(report) and "      test accuracy " in report
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -690,7 +688,7 @@ def test_other_rows_and_other_settings_are_refused(monkeypatch, capsys, tmp_path
     args = ["--data", messages, "--out", out, *QUICK]
     assert run(monkeypatch, capsys, "classify", *args)[0] == 0
     before = (out / "model.safetensors").read_bytes()
-    for change in (["--seed", 2], ["--lora-rank", 3], ["--last-block"], ["--weight-decay", 0]):
+    for change in (["--seed", 2], ["--lora-rank", 3], ["--weight-decay", 0]):
         code, _, error = run(monkeypatch, capsys, "classify", *args, *change)
         setting = change[0].removeprefix("--").replace("-", "_")
         assert is_error(code, error) and f"{setting} was" in error and "--overwrite" in error
@@ -722,7 +720,7 @@ def test_overwriting_waits_until_the_new_run_has_begun(monkeypatch, capsys, tmp_
     args = ["classify", "--data", messages, "--out", out, *QUICK]
     assert run(monkeypatch, capsys, *args, "--lora-rank", 2)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for change in (("--batch-size", 0), ("--epochs", 0), ("--context-length", 1.5)):
+    for change in (("--batch-size", 0), ("--epochs", 0), ("--lora-rank", 1.5)):
         code, _, error = run(monkeypatch, capsys, *args, "--overwrite", *change)
         assert is_error(code, error)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -754,10 +752,9 @@ def test_instruct_and_its_responses(monkeypatch, capsys, tmp_path, instructions)
     assert all(list(row) == columns for row in results)
     model, tokenizer = load_gpt2(out)
     assert [row["response"] for row in results] == respond(model, tokenizer, results, 8)
-    for init, length, message in ((TINY, [], "48"), ("base", ["--context-length", 201], "200")):
-        args = ["--data", instructions, *QUICK, "--init", tmp_path / init, *length]
-        code, _, error = run(monkeypatch, capsys, "instruct", *args, "--out", tmp_path / "none")
-        assert is_error(code, error) and message in error  # no prompt fits; more than the base has
+    args = ["--data", instructions, *QUICK, "--out", tmp_path / "none"]  # no prompt fits into TINY
+    code, _, error = run(monkeypatch, capsys, "instruct", *args)
+    assert is_error(code, error) and "40 were too long" in error
 
 
 def test_an_adapter_completes_texts_as_the_merged_model(
@@ -1024,10 +1021,13 @@ def test_judge(monkeypatch, capsys, tmp_path, key):
         assert all(text in message["content"] for text in ("Say hello.", "Hello.", response))
 
 
-@pytest.mark.parametrize("reply", ["", "none", "101", "-1", "5 or 6", "1e3", "<think>50"])
-def test_judge_counts_only_one_number_up_to_100(reply):
-    with serve(judge_that_says([reply], [])) as url:
-        assert finetune_py.ask_for_score(url, "m", "prompt") is None
+def test_judge_counts_only_one_number_up_to_100(monkeypatch, capsys, tmp_path):
+    replies = ["", "none", "101", "-1", "5 or 6", "1e3", "<think>50", "7"]
+    (tmp_path / "r.json").write_text(json.dumps([ROW | {"response": "Hi."}] * len(replies)))
+    with serve(judge_that_says(replies, [])) as url:
+        code, output, error = run(monkeypatch, capsys, "judge", tmp_path / "r.json", "--url", url)
+    assert code == 0, error
+    assert "mean score 7.0 of 1 (of 8 rows)" in output
 
 
 def test_judge_scores_empty_responses_too(monkeypatch, capsys, tmp_path):
@@ -1094,12 +1094,10 @@ def test_help_of_every_command(monkeypatch, capsys):
     "args",
     [
         ["classify", "--lora"],
-        ["classify", "--last-block", "--lora-rank", "2"],
         ["classify", "--lora-rank", "-1"],
-        ["classify", "--lora-rank", "2", "--lora-targets", "c_attn", "c_bla"],
         ["classify", "--epochs", "nan"],
         ["classify", "--batch-size", "0"],
-        ["instruct", "--last-block"],
+        ["instruct", "--text-column", "text"],
         [],
         ["frobnicate"],
     ],

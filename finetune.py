@@ -95,9 +95,7 @@ def load_classifier(folder):
     """A folder written by `save_classifier` -> (GPTClassifier in eval mode, Tokenizer, classes)"""
     path = Path(folder) / "config.json"
     config = load_gpt2.read_config(path)
-    labels = read_json(path).get("id2label")
-    if not labels:
-        raise ValueError(f"{path}: not a classifier: it has no id2label")
+    labels = read_json(path, "id2label")
     classes = [labels[i] for i in sorted(labels, key=int)]
     with torch.device("meta"):
         model = GPTClassifier(GPT(config), len(classes))
@@ -219,6 +217,8 @@ def add_lora(model, rank, alpha=16, dropout=0.0, targets=("c_attn", "c_proj", "c
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank {rank} is not positive")
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already; merge_lora merges them")
     model.requires_grad_(False)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for target in targets:
@@ -245,8 +245,9 @@ def merge_lora(model):
 PEFT_ALLOWED = {
     *("peft_type=LORA", "bias=none", "init_lora_weights=True", "init_lora_weights=gaussian"),
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
-    *("inference_mode", "layers_to_transform", "megatron_core", "modules_to_save"),
-    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core"),
+    *("modules_to_save", "peft_version", "qalora_group_size", "revision"),
+    *("target_modules", "task_type"),
 }
 
 
@@ -305,6 +306,8 @@ def load_lora(model, folder):
     with named_errors(path):
         # base_model.model.transformer.h.0.attn.c_attn.lora_A.weight -> h.0.attn.c_attn
         layers = re.findall(r"transformer\.(\S+)\.lora_A\.weight", " ".join(tensors))
+        if not layers:
+            raise ValueError("no adapters in it")
         add_lora(model, *settings, layers)
         names = peft_names(model)
         misfits = names.keys() ^ tensors.keys()
@@ -410,11 +413,11 @@ def load_base(config):
     base, tokenizer = load_gpt2.load_gpt2(config.init)
     # A small model has more to learn: a higher learning rate, and more dropout
     small = is_small(base.config)
-    if config.dropout is None:
-        config = replace(config, dropout=0.15 if small else 0.1)
-    if config.learning_rate is None:
-        large = 1e-3 if config.lora_rank else 5e-5
-        config = replace(config, learning_rate=2e-3 if small else large)
+    config = train.with_defaults(
+        config,
+        dropout=0.15 if small else 0.1,
+        learning_rate=2e-3 if small else 1e-3 if config.lora_rank else 5e-5,
+    )
     torch.manual_seed(config.seed)
     model = GPT(replace(base.config, dropout=config.dropout))
     model.load_state_dict(base.state_dict())
@@ -434,10 +437,10 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
     steps_per_epoch = len(training) // config.batch_size
     if steps_per_epoch == 0 or not all(datasets):
         raise ValueError(f"{config.data} is too small for batches of {config.batch_size}: {sizes}")
-    steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
-    config = replace(config, steps=steps, eval_every=config.eval_every or steps_per_epoch)
+    steps = math.ceil(config.epochs * steps_per_epoch)
+    config = train.with_defaults(config, steps=steps, eval_every=steps_per_epoch)
     lengths = np.array([len(ids) for ids, _ in training])
-    n_epochs = math.ceil(steps / steps_per_epoch)
+    n_epochs = math.ceil(config.steps / steps_per_epoch)
     batches = batches_by_length(lengths, config.batch_size, n_epochs, config.seed)
     validation = sorted(validation, key=lambda row: len(row[0]))  # saves padding
     val_batch_size = config.micro_batch_size or config.batch_size
@@ -458,7 +461,7 @@ def finetune(config, model, datasets, collate_fn, content, *, save, report, clas
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    train.print_on_rank_0(f"{sizes}; {trained:,} of {total:,} parameters trained; {config.device}")
+    print(f"{sizes}; {trained:,} of {total:,} parameters trained; {config.device}")
     train.train(model, get_batch, val_loader, config, save=save_all, report=report, content=content)
 
 
@@ -485,7 +488,7 @@ def classify(config):
     classes = sorted(counts)
     if len(classes) < 2 or min(counts.values()) < 10:
         raise ValueError(f"{config.data}: needs two classes with ten rows each, not {dict(counts)}")
-    train.print_on_rank_0(f"{len(rows)} rows: {dict(counts)}")
+    print(f"{len(rows)} rows: {dict(counts)}")
     gpt, tokenizer, config = load_base(config)
     model = GPTClassifier(gpt, len(classes))
     datasets = [
@@ -555,7 +558,7 @@ def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
-        classes = read_json(Path(adapter) / "classes.json")["classes"]
+        classes = read_json(Path(adapter) / "classes.json", "classes")
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)

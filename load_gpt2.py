@@ -175,7 +175,7 @@ def read_weights(folder):
 
 def read_weight_map(index):
     """-> {name of a tensor: file in the folder of the index}"""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, "weight_map")
     with named_errors(index):
         for shard in weight_map.values():
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):  # no paths to other folders
@@ -183,12 +183,15 @@ def read_weight_map(index):
         return weight_map
 
 
-def read_json(path):
+def read_json(path, key=None):
+    """-> the object in a JSON file, or its value for a key"""
     with named_errors(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-        return content
+        if key is not None and key not in content:
+            raise ValueError(f"it has no {key}")
+        return content if key is None else content[key]
 
 
 def read_config(path):

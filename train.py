@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import glob
 import importlib.util
+import io
 import math
 import os
 import signal
@@ -120,7 +121,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     first_step = history[-1]["step"]
     if first_step > 0:
         what = "finished at" if first_step >= config.steps else "going on from"
-        print_on_rank_0(f"{out}: {what} step {first_step}")
+        print(f"{out}: {what} step {first_step}")
     model.train()
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
     keep_freed_memory()
@@ -167,7 +168,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
                 show_progress(status)
             if n_signals:
                 write_state(out, settings, model, optimizers, history)
-                print_on_rank_0("stopped; the same command goes on (without --overwrite)")
+                print("stopped; the same command goes on (without --overwrite)")
                 raise KeyboardInterrupt
     if rank == 0:
         plot_history(history, out / "losses.png")
@@ -315,21 +316,18 @@ def keep_freed_memory():
 
 
 def start_processes(device):
-    """Join the processes that torchrun started, if it did."""
+    """Join the processes that torchrun started, if it did; only the first of them prints."""
     if dist.is_torchelastic_launched():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this GPU
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = io.StringIO()
 
 
 def process_rank():
     """-> rank of this process, number of processes"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def print_on_rank_0(line):
-    if process_rank()[0] == 0:
-        print(line, flush=True)
 
 
 def sum_over_processes(numbers, device):
@@ -586,19 +584,19 @@ def pretrain(config):
         print(config.prompt + tokenizer.decode(new_ids), end="\n\n", flush=True)
 
     if config.compile and is_cuda and not importlib.util.find_spec("triton"):
-        print_on_rank_0("torch.compile needs Triton, which is not installed: going on without it")
+        print("torch.compile needs Triton, which is not installed: going on without it")
     elif config.compile:
         model.compile()  # in place, so that parameters keep their names
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     data = f"{len(train_data):,} windows of {context_length} tokens"
-    print_on_rank_0(f"{size:.1f}M parameters, {data}, {config.device}")
+    print(f"{size:.1f}M parameters, {data}, {config.device}")
     # A fingerprint of the data, to refuse to go on with other data
     fingerprint = [(name, len(tokens), zlib.crc32(tokens[: 2**20])) for name, tokens in shards]
     train(
         model, get_batch, val_loader, config, content=(fingerprint, tokenizer.vocab),
         save=lambda: load_gpt2.save_gpt2(model, tokenizer, config.out), report=show_sample,
     )  # fmt: skip
-    print_on_rank_0(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')
+    print(f'finished: python load_gpt2.py {config.out} --prompt "{config.prompt}"')
 
 
 def main():

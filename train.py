@@ -41,9 +41,6 @@ from load_gpt2 import atomic_write, fast_dtype, named_errors, print_line, show_p
 # --------------------------------------------------------------------------------------------------
 # Settings: the fields of a dataclass are also the options of the command line
 
-OPTIMIZERS = ("adamw", "muon")
-DTYPES = ("auto", "float32", "bfloat16")
-
 
 def option(default, help, **for_argparse):
     return field(default=default, metadata={"help": help, **for_argparse})
@@ -68,13 +65,13 @@ class TrainConfig:
     steps: int = option(500, "updates of the weights")
     batch_size: int = option(16, "sequences per update, over all processes")
     micro_batch_size: int | None = option(None, "sequences at once (gradient accumulation)")
-    optimizer: str = option("adamw", "muon: for the matrices in the blocks", choices=OPTIMIZERS)
+    optimizer: str = option("adamw", "muon: for matrices in blocks", choices=("adamw", "muon"))
     learning_rate: float = option(1e-3, "peak learning rate")
     warmup: int = option(20, "steps of linear warmup")
     weight_decay: float = option(0.1, "weight decay of matrices")
     grad_clip: float = option(1.0, "clip the gradient norm to this")
     eval_every: int = option(100, "steps between validations, samples and saves")
-    dtype: str = option("auto", "of matrix products; auto: the faster one", choices=DTYPES)
+    dtype: str = option("auto", "of matrix products", choices=("auto", "float32", "bfloat16"))
     seed: int = option(1, "of weights, shuffling, dropout and samples")
     out: Path | None = option(None, "output folder (default: out/NAME of the text)")
     overwrite: bool = option(False, "replace the run in the output folder")
@@ -478,7 +475,7 @@ STORIES = Path(__file__).with_name("data") / "stories.txt"
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
     batch_size: int = option(8, "sequences per update, over all processes")
-    optimizer: str | None = option(None, "default: muon if small, else adamw", choices=OPTIMIZERS)
+    optimizer: str | None = option(None, "default: muon if small", choices=("adamw", "muon"))
     learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
     text: str | None = option(None, "files, URLs (default: data/stories.txt)", nargs="+")
     bin: str | None = option(None, "token files; val in a name: for validation", nargs="+")

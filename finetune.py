@@ -2,9 +2,9 @@
 Finetuning: turn a GPT-2 into a classifier, or into an assistant that follows instructions, by
 training all of it, or LoRA adapters. The default base is out/stories, which train.py makes.
 
-    python finetune.py classify                         data/messages.tsv -> out/spam
+    python finetune.py classify                     # data/messages.tsv -> out/spam
     python finetune.py predict out/spam "You have won a prize"
-    python finetune.py instruct                         data/instructions.json -> out/assistant
+    python finetune.py instruct                     # data/instructions.json -> out/assistant
     python finetune.py chat out/assistant
     python finetune.py judge out/assistant/responses.json --url http://localhost:11434/v1
     python finetune.py classify --init gpt2 --data reviews.csv --out out/reviews --lora-rank 16
@@ -240,8 +240,9 @@ def merge_lora(model):
     return model
 
 
-# The settings in PEFT's adapter_config.json that are accepted: those of plain LoRA, and those that
-# change nothing here, as the names of the tensors say which layers they belong to
+# Hugging Face's PEFT library keeps LoRA's settings in adapter_config.json. These are accepted:
+# name=value only with this value, name with any value, because it changes nothing here (the names
+# of the tensors say which layers have adapters)
 PEFT_ALLOWED = {
     *("peft_type=LORA", "bias=none", "init_lora_weights=True", "init_lora_weights=gaussian"),
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out"),
@@ -253,7 +254,7 @@ PEFT_ALLOWED = {
 
 def peft_names(model):
     """-> {name in PEFT's files: name here} of the adapters, and of the head of a classifier"""
-    # PEFT's names begin with those of its own modules
+    # PEFT's names begin with those of its modules; transformer. is in a GPTClassifier's own names
     prefix = "base_model.model." + ("" if isinstance(model, GPTClassifier) else "transformer.")
     names = [name for name in model.state_dict() if ".lora_" in name or name == "score.weight"]
     return {prefix + name: name for name in names}
@@ -291,7 +292,7 @@ def save_lora(model, folder, base, classes=None):
 
 def load_lora(model, folder):
     """
-    Add the adapters that `save_lora` or PEFT wrote to a model, in place. Raises ValueError for
+    Add to a model, in place, the adapters that `save_lora` or PEFT wrote. Raises ValueError for
     another variant of LoRA, or tensors that do not fit the model.
     """
     path = Path(folder) / "adapter_config.json"
@@ -319,6 +320,7 @@ def load_lora(model, folder):
 
 def merge_adapter(model, folder, adapter):
     """Load adapters for the model of a folder, and merge them."""
+    # `finetune` writes the merged model to a folder, and its adapters to folder/adapter
     if Path(adapter).resolve().parent == Path(folder).resolve():
         raise ValueError(f"the weights in {folder} already contain {adapter}")
     return merge_lora(load_lora(model, adapter))
@@ -376,9 +378,9 @@ def split_rows(rows, seed, key=lambda row: 0):
 
 def batches_by_length(lengths, batch_size, n_epochs, seed):
     """
-    -> batches, each an array of rows, in random order. The rows of a batch have similar lengths:
-    on short messages, this saves a third of the tokens, which would be padding. In each epoch, the
-    rows that do not fill a batch are left out.
+    -> batches, each an array of indices of rows, in random order. The rows of a batch have similar
+    lengths: on short messages, this saves a third of the tokens, which would be padding. In each
+    epoch, the rows that do not fill a batch are left out.
     """
     rng = np.random.default_rng(seed)
     n_full = len(lengths) // batch_size * batch_size
@@ -398,7 +400,7 @@ class FinetuneConfig(TrainConfig):
     eval_every: int | None = option(None, "steps between validations (default: an epoch)")
     epochs: float = option(4.0, "passes over the training rows")
     init: str = option("out/stories", "the base model: a folder, or a name on the hub")
-    dropout: float | None = option(None, "before adapters too (default: 0.1; small model 0.15)")
+    dropout: float | None = option(None, "also of adapters' inputs (default: 0.1; small: 0.15)")
     lora_rank: int = option(0, "train LoRA adapters of this rank; 0: no LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
 
@@ -626,9 +628,9 @@ def judge(responses, url, model):
         with named_errors(url):
             if not response.ok:
                 raise ValueError(f"{response.status_code} {response.reason}: {response.text}")
-            # Not response.json(), which raises an OSError without the URL
+            # Not response.json(): it raises an OSError, and named_errors adds no URL to that
             answer = str(json.loads(response.text)["choices"][0]["message"]["content"])
-        # Without the thoughts of a reasoning model, there must be one number, as 85 or 85/100
+        # After removing the thoughts of a reasoning model, there must be one number: 85 or 85/100
         answer = re.sub(r"(?s)<think>.*?(</think>|$)", "", answer)
         numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*/\s*100\b", "", answer))
         if len(numbers) == 1 and 0 <= float(numbers[0]) <= 100:

@@ -65,8 +65,8 @@ GPT2_CONFIGS = {
 # The vocabulary is the 256 bytes, so that every text can be encoded, and then byte sequences that
 # occur often, each made by merging two earlier tokens.
 
-# A text is first split into contractions, words, numbers, punctuation and white space. A word keeps
-# the space before it: \s+(?!\S) stops one character earlier. Tokens never cross these splits.
+# A text is first split into contractions, words, numbers, punctuation and white space. Of several
+# spaces, \s+(?!\S) leaves the last to the word after it. Tokens never cross these splits.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # GPT-2's order of the 256 bytes: the 188 printable ones, then the other 68. Its files write the
@@ -178,7 +178,7 @@ class Tokenizer:
                 break
             merges.append(" ".join(best))
             # Only words that contain this pair change: subtract their old pairs, add their new ones
-            for i in words_with_pair.pop(best):
+            for i in list(words_with_pair[best]):
                 count_pairs(i, -1)
                 words[i] = merge_pair(words[i], best)
                 count_pairs(i, 1)
@@ -250,8 +250,8 @@ class TokenDataset(Dataset):
         inputs = torch.tensor(window[:-1])
         targets = torch.tensor(window[1:])
         if start < i * self.stride:  # moved back
-            end_before = (i - 1) * self.stride + self.context_length
-            targets[: max(0, end_before - start)] = -100
+            previous_end = (i - 1) * self.stride + self.context_length
+            targets[: max(0, previous_end - start)] = -100
         return inputs, targets
 
 
@@ -446,8 +446,8 @@ class GPT(nn.Module):
 
 class KVCache:
     """
-    Keys and values of the tokens read so far. With them, a new token costs one row of attention
-    instead of another pass over the whole text. A row is a text, a column a position in it.
+    Keys and values of the tokens read so far. With them, only the new token is computed, instead of
+    the whole text again. In the cache, a row is a text, a column a position in it.
     """
 
     def __init__(self, n_rows, n_columns, device):
@@ -460,7 +460,7 @@ class KVCache:
         """Begin to read n_tokens more in each row. -> their positions (B, T)"""
         device = self.lengths.device
         self.positions = self.lengths[:, None] + torch.arange(n_tokens, device=device)
-        self.lengths = self.lengths + n_tokens
+        self.lengths = self.lengths + n_tokens  # with padding, which decode_steps subtracts
         self.n_read = int(self.lengths.max())  # columns in use
         if self.layers:  # not the first read: attend to all columns up to one's own position
             columns = torch.arange(self.n_read, device=device)
@@ -513,7 +513,7 @@ def decode_steps(model, prompts, max_new_tokens, eos_id, sampling):
             x = model.features(ids.to(device), cache)  # (B, T) -> (B, T, C)
             lengths = torch.tensor([len(row) for row in unread])
             logits = model.lm_head(x[torch.arange(len(x)), lengths - 1])  # (B, V)
-            # The cache counted the padding too; taken back, the next ids overwrite it
+            # The cache counted the padding too; subtract it, so that the next ids overwrite it
             cache.lengths -= ids.size(1) - lengths.to(device)
 
             next_ids = sample(logits, *sampling).tolist()

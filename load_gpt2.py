@@ -115,7 +115,8 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 SIZES |= {"n_positions": "context_length"}
 
-# Settings of transformers' GPT-2 that change what is computed, with the one value supported here
+# Settings of GPT-2 in Hugging Face's transformers library that change what is computed, with the
+# one value that is supported here
 FIXED_SETTINGS = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -153,7 +154,8 @@ def assign_weights(model, weights, folder):
     with named_errors(folder):
         parameters = {}
         for name, weight in weights.items():
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # published causal masks
+            # Under these names, published files hold no biases, but the causal masks
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):
                 parameters[name] = weight.t() if name.endswith(TRANSPOSED) else weight
         head = parameters.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, parameters["wte.weight"]):
@@ -207,8 +209,9 @@ def read_config(path):
 def read_tokenizer(folder, vocab_size):
     """From merges.txt and vocab.json, or from tokenizer.json, or else GPT-2's own -> Tokenizer"""
     folder = Path(folder)
-    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():  # or one is missing
-        with named_errors(folder / "merges.txt, vocab.json"):
+    # If only one of the two exists, `load` says that the other is missing
+    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
+        with named_errors(f"{folder}/merges.txt, vocab.json"):
             tokenizer = Tokenizer.load(folder)
     elif (folder / "tokenizer.json").exists():
         with named_errors(folder / "tokenizer.json"):
@@ -318,7 +321,7 @@ def fetch_from_hub(name):
         known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
     folder = cache_folder(name)
-    if not folder.exists():  # a copy under the short name would be used
+    if not folder.exists():  # not in the cache under a short name, as gpt2: use the full name
         name = HUB_NAMES.get(name, name)
         folder = cache_folder(name)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
@@ -492,7 +495,7 @@ def fast_dtype(device):
     """bfloat16 if the device has hardware for it, else float32"""
     if torch.device(device).type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # a private function of PyTorch; without it, float32 is always right
+    else:  # a private function of PyTorch, False on mps; without it, float32 is always right
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float32
 
@@ -545,7 +548,7 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, **sampling):
     new_ids = model.stream(ids, max_new_tokens, eos_id=tokenizer.eot, **sampling)
     pieces = tokenizer.decode_stream(new_ids)
     yield next(pieces)  # reads the prompt
-    # For a single row, PyTorch's own bfloat16 matrix-vector product is twice as fast as oneDNN's
+    # For a single row, PyTorch's own bfloat16 matrix-vector product is twice as fast as mkldnn's
     use_mkldnn = model.wte.weight.dtype != torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=use_mkldnn, allow_tf32=None):  # None: as it is
         yield from pieces

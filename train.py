@@ -1,11 +1,11 @@
 """
 Pretraining, and the training loop that finetuning uses too.
 
-    python train.py                                                 data/stories.txt -> out/stories
-    python train.py --text book.txt --model gpt2 --out out/book     the size of GPT-2, from scratch
-    python train.py --text book.txt --init gpt2                     from OpenAI's weights
-    python train.py --bin 'data/corpus/*.bin' --model gpt2          token files
-    torchrun --nproc_per_node=8 train.py --text book.txt            several GPUs
+    python train.py                                                # data/stories.txt, out/stories
+    python train.py --text book.txt --model gpt2 --out out/book    # GPT-2's size, from scratch
+    python train.py --text book.txt --init gpt2                    # from OpenAI's weights
+    python train.py --bin 'data/corpus/*.bin' --model gpt2         # token files
+    torchrun --nproc_per_node=8 train.py --text book.txt           # several GPUs
 
 Run the same command again to go on where it was stopped.
 """
@@ -49,6 +49,7 @@ def option(default, help, **for_argparse):
 def add_options(parser, config_class):
     for f in fields(config_class):
         kind = (get_args(f.type) or [f.type])[0]  # int | None -> int
+        # None is left to the dataclass, and not shown by --help
         default = argparse.SUPPRESS if f.default is None else f.default
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         options = {"default": default, **options, **f.metadata}
@@ -126,7 +127,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
     # No other run may write to the folder: `with lock` raises an OSError if one does
     lock = filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext()
     with lock, catch_signals() as signals:
-        if first_step == 0:  # before any weights: a folder with weights alone could not go on
+        if first_step == 0:  # before save(), because load_state refuses weights without a state
             write_state(out, settings, model, optimizers, history)
         status = f"step {first_step:5d}/{config.steps}"
         for step in range(first_step, config.steps + 1):
@@ -135,7 +136,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
                 if not math.isfinite(val_loss):
                     raise FloatingPointError(f"{status}: the validation loss is {val_loss}")
                 is_best = all(val_loss < row.get("val_loss", math.inf) for row in history)
-                history[-1].setdefault("val_loss", val_loss)  # it is there if a run goes on here
+                history[-1].setdefault("val_loss", val_loss)  # there already if the run was resumed
                 if rank == 0:
                     if is_best:
                         save()
@@ -251,9 +252,9 @@ def create_optimizers(model, config):
 
 class Muon(torch.optim.Optimizer):
     """
-    Nesterov momentum, made nearly orthogonal (Jordan 2024): an update changes a matrix equally in
-    all directions. Updates are as large as AdamW's (Liu et al. 2025, section 2.2), so that both
-    share a learning rate. torch.optim.Muon is the same, but in bfloat16, slow on many CPUs.
+    The gradient, mixed with its running average (Nesterov momentum), is made a nearly orthogonal
+    matrix (Jordan 2024), so that an update changes a matrix equally in all directions.
+    torch.optim.Muon is the same, but always in bfloat16, which is slow on many CPUs.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -267,6 +268,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(average, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
+                # As large as AdamW's updates (Liu et al. 2025, section 2.2)
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
@@ -429,7 +431,8 @@ def read_tokens(path, vocab_size):
     """A token file, which may begin with llm.c's header of 256 int32 -> np.memmap of uint16 ids"""
     with named_errors(path):
         header = np.fromfile(path, dtype="<i4", count=256)
-        # llm.c's magic numbers are dates of 2024; GPT-2's ids are never that large
+        # llm.c's magic numbers are dates of 2024. Without a header, these are two ids of GPT-2 read
+        # as one int32, which is such a number only if the first of them is above 54,911
         has_header = len(header) == 256 and header[0] // 10_000 == 2024
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
         # Magic number for GPT-2, version, number of tokens
@@ -477,6 +480,7 @@ class PretrainConfig(TrainConfig):
     batch_size: int = option(8, "sequences per update, over all processes")
     optimizer: str | None = option(None, "default: muon if small", choices=("adamw", "muon"))
     learning_rate: float | None = option(None, "peak (default: 6e-3 for small models, else 6e-4)")
+    # With nargs, a list of str
     text: str | None = option(None, "files, URLs (default: data/stories.txt)", nargs="+")
     bin: str | None = option(None, "token files; val in a name: for validation", nargs="+")
     model: str = option("nano", "size of the model", choices=MODELS)
@@ -516,7 +520,8 @@ def create_model(config, text):
         return model, tokenizer
     sizes = MODELS[config.model]
     if config.tokenizer:
-        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)  # 16-bit ids
+        # At most, because token files hold 16-bit ids
+        tokenizer = load_gpt2.read_tokenizer(config.tokenizer, vocab_size=2**16)
     elif config.vocab_size is None and (config.bin or config.model in GPT2_CONFIGS):
         tokenizer = Tokenizer.gpt2()
     else:  # a million characters are enough, and take seconds

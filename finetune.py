@@ -96,8 +96,8 @@ def load_classifier(folder):
     path = Path(folder) / "config.json"
     config = load_gpt2.read_config(path)
     labels = read_json(path, "id2label")
-    classes = [labels[i] for i in sorted(labels, key=int)]
-    with torch.device("meta"):
+    with named_errors(path), torch.device("meta"):
+        classes = [labels[str(i)] for i in range(len(labels))]
         model = GPTClassifier(GPT(config), len(classes))
     load_gpt2.assign_weights(model, load_gpt2.read_weights(folder), folder)
     return model.eval(), load_gpt2.read_tokenizer(folder, config.vocab_size), classes
@@ -560,7 +560,10 @@ def predict(folder, texts, adapter, device):
     """Print the class of texts, or of the lines of standard input."""
     if adapter:
         gpt, tokenizer = load_gpt2.load_gpt2(folder)
-        classes = read_json(Path(adapter) / "classes.json", "classes")
+        path = Path(adapter) / "classes.json"
+        classes = read_json(path, "classes")
+        with named_errors(path):
+            classes = [str(name) for name in classes]
         model = merge_adapter(GPTClassifier(gpt, len(classes)), folder, adapter)
     else:
         model, tokenizer, classes = load_classifier(folder)

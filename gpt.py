@@ -421,7 +421,7 @@ class GPT(nn.Module):
             tokens that have a total probability of at least p. With top_k, among those k.
         eos_id: this id ends a text and is not returned. generator: a torch.Generator.
         A text that outgrows the context is cut to its last half and read again from position 0.
-        Raises ValueError for a prompt or a setting out of range.
+        Raises ValueError for a prompt of another length, or a setting out of range.
         """
         sampling = (temperature, top_k, top_p, generator)
         new_ids = [[] for _ in prompts]

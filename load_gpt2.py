@@ -54,8 +54,8 @@ def read_safetensors(path):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             begin = end
             end += math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [begin, end]:
-                raise ValueError(f"the tensor {name} is not at {begin} to {end}")
+            if entry["data_offsets"] != [begin, end] or end > len(data):
+                raise ValueError(f"the tensor {name} does not fit its place in the file")
             # NumPy has no bfloat16, so first as integers of the same size
             integers = torch.from_numpy(data[begin:end].view(f"i{dtype.itemsize}"))
             tensors[name] = integers.view(dtype).view(shape)
@@ -253,11 +253,10 @@ def save_gpt2(model, tokenizer, folder, *, chat_template=None):
 
 def save_folder(folder, weights, tokenizer, config, chat_template=None):
     """
-    Write the files of a Hugging Face folder. Those that are there stay until the new weights are
-    complete. weights: {name in transformers: tensor in nn.Linear's layout}.
+    Write the files of a Hugging Face folder. All are complete before the first is replaced.
+    weights: {name in transformers: tensor in nn.Linear's layout}. config: for config.json.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -267,15 +266,19 @@ def save_folder(folder, weights, tokenizer, config, chat_template=None):
     }
     if chat_template:
         tokenizer_config["chat_template"] = chat_template
-    with atomic_write(folder / "model.safetensors") as part:
-        write_safetensors(part, weights)
-        # The files of another model go. config.json comes back last: no folder loads without it
-        stale = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
-        for name in ("config.json", *stale):
-            (folder / name).unlink(missing_ok=True)
-        tokenizer.save(folder)
-        write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_json(folder / "config.json", config)
+    part = folder / ".part"
+    part.mkdir(parents=True, exist_ok=True)  # it exists if a save was interrupted
+    write_safetensors(part / "model.safetensors", weights)
+    tokenizer.save(part)
+    write_json(part / "tokenizer_config.json", tokenizer_config)
+    write_json(part / "config.json", config)
+    # Files of another model. config.json comes back last: a folder without it does not load
+    stale = ("tokenizer.json", "special_tokens_map.json", "model.safetensors.index.json")
+    for name in ("config.json", *stale):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+    part.rmdir()
 
 
 def write_json(path, content):
@@ -317,7 +320,9 @@ def cache_folder(name):
 
 def fetch_from_hub(name):
     """Download what the cache lacks of a model. -> its folder in the cache"""
-    if name not in GPT2_CONFIGS and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+    # OWNER/NAME; but if there is a folder OWNER, the path of a folder was meant, which is missing
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+    if name not in GPT2_CONFIGS and (not is_hub_name or Path(name).parent.is_dir()):
         known = ", ".join(GPT2_CONFIGS)
         raise ValueError(f"{name} is neither a folder nor a name on the hub ({known}, OWNER/NAME)")
     folder = cache_folder(name)
@@ -365,8 +370,9 @@ def fetch_from_hub(name):
             "HF_TOKEN for a private model, or set HF_ENDPOINT to a mirror"
         ) from None
     except ValueError:
-        for path in fetched:  # it may be a login page, or cut short
-            path.unlink()
+        for path in fetched:
+            if path.stat().st_size < 2**20:  # it may be a login page, or cut short
+                path.unlink()
         raise
     return folder
 
@@ -399,7 +405,7 @@ def download(url, path, token=""):
                 wait = next(waits, math.inf)  # infinity if no retries are left
                 if error.response is not None:
                     status = error.response.status_code
-                    # 416: the part is too long; 429: busy
+                    # 416: nothing to send, and fetch_rest has removed the part; 429: busy
                     if status < 500 and status not in (416, 429):
                         raise
                     seconds = error.response.headers.get("Retry-After", "")
@@ -527,7 +533,8 @@ class CommandLine(argparse.ArgumentParser):
 def one_line_errors():
     """End the program with one line for errors that the user can correct."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for terminals that lack a character
+        with contextlib.suppress(AttributeError):  # notebooks replace these files
+            stream.reconfigure(errors="replace")  # for terminals that lack a character
     try:
         yield
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
@@ -600,6 +607,8 @@ def main():
         with named_errors(args.evaluate):
             text = Path(args.evaluate).read_text(encoding="utf-8-sig")
             ids = encode_documents(text, tokenizer)
+            if len(ids) < 2:
+                raise ValueError("a text of at least two tokens is needed")
             loss = evaluate_text(model, ids)
         print_line(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, "

@@ -13,6 +13,7 @@ Run the same command again to go on where it was stopped.
 import argparse
 import contextlib
 import ctypes
+import functools
 import glob
 import importlib.util
 import io
@@ -21,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -83,8 +85,11 @@ class TrainConfig:
 
     def __post_init__(self):
         sizes = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every)
-        if min(n for n in sizes if n is not None) < 1 or not self.grad_clip > 0:
-            raise ValueError("steps, batch sizes, eval-every and grad-clip must be positive")
+        is_positive = min(n for n in sizes if n is not None) > 0 and self.grad_clip > 0
+        if not is_positive or self.seed < 0:
+            raise ValueError(
+                "steps, batch sizes, eval-every, grad-clip must be positive, seed >= 0"
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,8 +135,9 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
         if first_step == 0:  # before save(), because load_state refuses weights without a state
             write_state(out, settings, model, optimizers, history)
         status = f"step {first_step:5d}/{config.steps}"
-        for step in range(first_step, config.steps + 1):
-            if step % config.eval_every == 0 or step == config.steps:
+        last_step = max(first_step, config.steps)
+        for step in range(first_step, last_step + 1):
+            if step % config.eval_every == 0 or step == last_step:
                 val_loss = evaluate(model, val_loader, autocast)
                 if not math.isfinite(val_loss):
                     raise FloatingPointError(f"{status}: the validation loss is {val_loss}")
@@ -143,7 +149,7 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
                     print_line(f"{status} | val {val_loss:.4f}")
                     history[-1] |= report() or {}
                 write_state(out, settings, model, optimizers, history)
-            if step == config.steps:
+            if step == last_step:
                 break
             start_time = time.perf_counter()
             learning_rate = scheduled_learning_rate(step, config)
@@ -345,10 +351,13 @@ def load_state(out, settings, model, optimizers):
     """Load the state of an earlier start with the same settings, if there was one. -> history"""
     path = out / "resume.pt"
     if not path.exists():
-        if any((out / name).exists() for name in ("config.json", "model.safetensors", "adapter")):
+        names = ("config.json", "model.safetensors", "merges.txt", "adapter")
+        if any((out / name).exists() for name in names):
             raise ValueError(f"{out} holds a model; --overwrite replaces it, --out NAME keeps it")
         return [{"step": 0}]
     with named_errors(path):
+        if zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
+            raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
         for name, value in settings.items():
@@ -570,13 +579,15 @@ def pretrain(config):
         raise ValueError(
             f"a batch of {config.batch_size} is larger than the data: {len(train_data)}"
         )
-    # Epochs, each in a random order of its own, follow each other with no gap
-    n_epochs = math.ceil(config.steps * config.batch_size / len(train_data))
-    rngs = [np.random.default_rng([config.seed, epoch]) for epoch in range(n_epochs)]
-    order = np.concatenate([rng.permutation(len(train_data)) for rng in rngs])
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return np.random.default_rng([config.seed, epoch]).permutation(len(train_data))
 
     def get_batch(step):
-        rows = order[step * config.batch_size : (step + 1) * config.batch_size]
+        # Epochs, each in a random order of its own, follow each other with no gap
+        places = range(step * config.batch_size, (step + 1) * config.batch_size)
+        rows = [order(place // len(train_data))[place % len(train_data)] for place in places]
         return default_collate([train_data[row] for row in rows])
 
     def show_sample():

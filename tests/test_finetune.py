@@ -642,6 +642,11 @@ def test_predict_reads_lines(monkeypatch, capsys, tmp_path):
     assert is_error(code, error) and "config.json: it has no id2label" in error
     code, _, error = run(monkeypatch, capsys, "predict", tmp_path / "none", "x")
     assert is_error(code, error)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    for labels in (None, 5, ["a", "b"], {"0": "a", "2": "b"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": labels}), "utf-8")
+        code, _, error = run(monkeypatch, capsys, "predict", tmp_path, "x")
+        assert is_error(code, error) and "config.json: " in error
 
 
 def test_optimizer_state_is_for_the_adapters_only(monkeypatch, capsys, tmp_path, messages):

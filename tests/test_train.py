@@ -423,14 +423,15 @@ def test_a_run_stopped_in_any_step_goes_on_to_the_same_end(tmp_path, stop):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_run_that_ends_where_it_was_stopped_is_validated(tmp_path):
+@pytest.mark.parametrize("steps", [7, 5])
+def test_a_run_that_ends_where_it_was_stopped_is_validated(tmp_path, steps):
     def get_batch(step):
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return toy_batch(step)
 
     assert toy_run(tmp_path, get_batch=get_batch)  # after step 7, between two validations
-    assert not toy_run(tmp_path, steps=7)
+    assert not toy_run(tmp_path, steps=steps)
     rows = read_losses(tmp_path)
     assert len(rows) == 8 and rows[-1]["val_loss"]
     state = torch.load(tmp_path / "resume.pt", weights_only=True)["model"]
@@ -646,7 +647,9 @@ def test_a_damaged_state_is_one_line(monkeypatch, capsys, quick, tmp_path):
     wrong = [{"settings": None}, {"model": None}, {"optimizers": [{}]}, {"optimizers": []}]
     states = [state | change for change in wrong]
     states += [{key: state[key] for key in state if key != missing} for missing in state]
-    for damaged in [b"not a checkpoint", b"", whole[:-1000], *states]:
+    place = whole.index(state["model"]["wte.weight"].numpy().tobytes())  # a bit of a weight
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for damaged in [b"not a checkpoint", b"", whole[:-1000], flipped, *states]:
         if isinstance(damaged, bytes):
             (out / "resume.pt").write_bytes(damaged)
         else:

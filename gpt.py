@@ -76,7 +76,7 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
 BYTE_TO_CHAR = dict(zip(BYTES, CHARS))
-CHAR_TO_BYTE = dict(zip(CHARS, BYTES))
+TO_LATIN1 = {ord(char): byte for byte, char in BYTE_TO_CHAR.items()}  # for str.translate
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -114,18 +114,20 @@ class Tokenizer:
         self.vocab = vocab
         self.eot = vocab[END_OF_TEXT]
         self.vocab_size = max(vocab.values()) + 1
+        ids = [vocab[token] for token in tokens]
         # tiktoken first applies the merge with the lowest id, so ids must be in the merges' order
-        ids = [vocab[token] for token in tokens[256:]]
-        if ids != sorted(set(ids)) or len(set(vocab.values())) < len(vocab):
+        if ids[256:] != sorted(set(ids[256:])) or len(set(vocab.values())) < len(vocab):
             raise ValueError("ids must differ, and follow the order of the merges")
-        token_bytes = {token: bytes([CHAR_TO_BYTE[char] for char in token]) for token in tokens}
+        token_bytes = [token.translate(TO_LATIN1).encode("latin-1") for token in tokens]
+        self.id_to_bytes = dict(zip(ids, token_bytes))
+        special_tokens = {token: i for token, i in vocab.items() if i not in self.id_to_bytes}
         self.encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=SPLIT_PATTERN,
-            mergeable_ranks={token_bytes[token]: vocab[token] for token in tokens},
-            special_tokens={token: vocab[token] for token in vocab.keys() - token_bytes.keys()},
+            mergeable_ranks=dict(zip(token_bytes, ids)),
+            special_tokens=special_tokens,
         )
-        self.id_to_bytes = {i: token_bytes.get(token, token.encode()) for token, i in vocab.items()}
+        self.id_to_bytes |= {i: token.encode() for token, i in special_tokens.items()}
 
     def encode(self, text):
         """str -> list of ids. Special tokens in the text are encoded as ordinary characters."""

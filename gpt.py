@@ -367,7 +367,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:  # on meta, the weights come later
                 # 2 n_layer outputs are added to the residual stream; scaled by 1 / sqrt(2 n_layer),
                 # their sum has the same variance for any number of layers (Radford et al., 2.3)
                 n_added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1

@@ -87,9 +87,7 @@ class TrainConfig:
         sizes = (self.steps, self.batch_size, self.micro_batch_size, self.eval_every)
         is_positive = min(n for n in sizes if n is not None) > 0 and self.grad_clip > 0
         if not is_positive or self.seed < 0:
-            raise ValueError(
-                "steps, batch sizes, eval-every, grad-clip must be positive, seed >= 0"
-            )
+            raise ValueError("steps, batches, eval-every and grad-clip must be positive, seed >= 0")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 CHARS = [chr(byte) for byte in PRINTABLE] + [chr(0x100 + i) for i in range(68)]
 BYTE_TO_CHAR = dict(zip(BYTES, CHARS))
-TO_LATIN1 = {ord(char): byte for byte, char in BYTE_TO_CHAR.items()}  # for str.translate
+# For str.translate: a token with these characters in Latin-1, which writes character n as byte n
+TO_LATIN1 = {ord(char): byte for byte, char in BYTE_TO_CHAR.items()}
 END_OF_TEXT = "<|endoftext|>"
 
 

@@ -563,7 +563,10 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, **sampling):
 
 @torch.no_grad()
 def evaluate_text(model, ids):
-    """Mean cross-entropy in nats over all tokens but the first, in windows of the context length"""
+    """
+    Mean cross-entropy in nats over all tokens but the first, in windows of the context length.
+    model: in eval mode, as load_gpt2 returns it.
+    """
     device = model.wte.weight.device
     dataset = TokenDataset(ids, min(model.config.context_length, len(ids) - 1))
     total = 0.0

@@ -159,7 +159,8 @@ def train(model, get_batch, val_loader, config, *, save, report=lambda: None, co
             loss, n_signals = sum_over_processes([loss, len(signals)], device)
             if not math.isfinite(loss + norm):
                 raise FloatingPointError(
-                    f"step {step}: {loss=}, gradient {norm=}; {out} keeps the last good state"
+                    f"step {step + 1}: {loss=}, gradient {norm=}; {out} keeps the last good state. "
+                    "A lower learning rate may help"
                 )
             history.append({"step": step + 1, "learning_rate": learning_rate, "train_loss": loss})
             seconds = time.perf_counter() - start_time
@@ -535,8 +536,8 @@ def create_model(config, text):
         vocab_size = sizes.vocab_size if config.vocab_size is None else config.vocab_size
         tokenizer = Tokenizer.train(text.replace("<|endoftext|>\n", "")[:1_000_000], vocab_size)
     config = with_defaults(config, context_length=sizes.context_length, dropout=sizes.dropout)
-    changes = {"context_length": config.context_length, "dropout": config.dropout}
-    return GPT(replace(sizes, vocab_size=tokenizer.vocab_size, **changes)), tokenizer
+    sizes = replace(sizes, context_length=config.context_length, dropout=config.dropout)
+    return GPT(replace(sizes, vocab_size=tokenizer.vocab_size)), tokenizer
 
 
 def pretrain(config):

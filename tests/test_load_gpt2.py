@@ -984,6 +984,12 @@ def test_one_line_errors(error, code):
     assert caught.value.code == code
 
 
+def test_one_line_errors_where_there_is_no_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    with load_gpt2.one_line_errors():
+        pass
+
+
 def test_one_line_errors_lets_faults_of_the_code_through():
     with pytest.raises(KeyError), load_gpt2.one_line_errors():
         raise KeyError("x")
